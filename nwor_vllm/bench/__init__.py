@@ -1,0 +1,1 @@
+"""The laboratory: the command line, records, grids and what they measure."""

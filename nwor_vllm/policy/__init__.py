@@ -1,0 +1,37 @@
+"""Draft-length policies. Pure Python and numpy; state in, decision out; time and randomness are arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nwor_vllm.errors import unknown_key
+from nwor_vllm.policy.base import Plan, Policy, Round, Step, StopRule
+from nwor_vllm.policy.fixed import Fixed, FixedParams, Off, OffParams
+
+__all__ = ["POLICIES", "Plan", "Policy", "Round", "Step", "StopRule", "default_ladder", "make_policy"]
+
+
+@dataclass(frozen=True)
+class PolicyKind:
+    params: type[Any]
+    build: Callable[[Any, Sequence[int]], Policy]
+
+
+POLICIES: dict[str, PolicyKind] = {
+    "fixed": PolicyKind(FixedParams, Fixed),
+    "off": PolicyKind(OffParams, Off),
+}
+
+
+def default_ladder(k_max: int) -> tuple[int, ...]:
+    """Draft lengths worth a captured CUDA graph each: dense where it matters, ending in the longest allowed."""
+    return tuple(sorted({k for k in (0, 1, 2, 3, 5, 8) if k <= k_max} | {k_max}))
+
+
+def make_policy(name: str, params: Any, ladder: Sequence[int]) -> Policy:
+    if name not in POLICIES:
+        raise unknown_key("policy", name, POLICIES)
+    kind = POLICIES[name]
+    return kind.build(kind.params() if params is None else params, tuple(ladder))

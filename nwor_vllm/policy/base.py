@@ -1,0 +1,89 @@
+"""The one interface between policies and whatever runs rounds: the plugin, the local loop, the split loop, the simulator.
+
+A step asks `plan` how far to draft, runs, and reports with `observe`. Nothing here knows torch, vLLM or the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """When the drafter stops inside a step. Zero thresholds and costs switch a clause off.
+
+    `calibration[j]` is (intercept, slope): the probability that the draft at position j is accepted, given that it is
+    reached, is sigmoid(intercept + slope * log_odds(confidence)); positions past its end use the last entry; empty
+    means the confidence itself. Costs are in accepted tokens: what one verified slot, and one more draft step of the
+    whole batch, must bring to pay for itself.
+    """
+
+    threshold: float = 0.0
+    min_survival: float = 0.0
+    verify_cost: float = 0.0
+    draft_cost: float = 0.0
+    calibration: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def active(self) -> bool:
+        return bool(self.threshold or self.min_survival or self.verify_cost or self.draft_cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the coming step may draft: `k` for the batch, `caps` for requests that get less."""
+
+    k: int
+    caps: Mapping[str, int] = field(default_factory=dict)
+    stop: StopRule | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One request's finished round. Positions after `accepted` + 1 were not observed (the rejection censors them)."""
+
+    request_id: str
+    drafted: int  # proposed by the drafter, before trimming
+    verified: int  # scheduled for the target, after trimming
+    accepted: int  # kept, without the bonus token
+    confidence: tuple[float, ...] = ()  # of the drafted positions; empty where the drafter shows none
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step as measured. A round of every running request, plus what it cost."""
+
+    rounds: Sequence[Round]
+    k: int  # the draft length the step was planned with
+    draft_steps: int  # draft forwards really run, at most k
+    seconds: float  # wall time of the whole step; NaN or <= 0 means unknown
+    requests: int  # requests that decoded, speculating or not
+    verified_tokens: int  # target rows: drafts verified + one per request
+    context_tokens: int = 0  # sum of context lengths
+    prefill_tokens: int = 0  # steps with prefill are not evidence for the decode cost
+
+
+class Policy(Protocol):
+    """Decides draft lengths, learns from rounds. Deterministic: same calls, same answers."""
+
+    name: str
+
+    def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan: ...
+
+    def observe(self, step: Step) -> None: ...
+
+    def forget(self, request_id: str) -> None:
+        """The request is finished or aborted."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """The learnt state, JSON-serialisable; `restore` of it continues exactly."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for logs and Prometheus."""
+        ...
