@@ -1,0 +1,56 @@
+"""The CPU build's expansion of sampling parameters: stock is wrong, ours is right, and it reaches the sampler."""
+
+import pytest
+import torch
+
+from nwor_vllm.plugin import compat, expand
+
+CASES = [
+    (torch.float32, [0.5, 0.0, 1.5], [2, 3, 7], 0, 1),
+    (torch.int32, [5, 9, 0], [1, 1, 4], 0, 0),
+    (torch.int64, [5, 9, 0], [1, 2, 4], 9, 3),
+]
+
+
+@pytest.mark.parametrize(("dtype", "values", "ends", "old", "new"), CASES)
+def test_every_token_gets_the_value_of_its_request(dtype, values, ends, old, new):
+    output = torch.full((ends[-1],), -1, dtype=dtype)
+    expand.expand(output, torch.tensor(values, dtype=dtype), torch.tensor(ends, dtype=torch.int32), old, new)
+    starts = [0, *ends[:-1]]
+    expected = [new if v == old else v for v, a, b in zip(values, starts, ends, strict=True) for _ in range(b - a)]
+    assert output.tolist() == expected
+
+
+def test_the_probe_tells_wrong_from_right():
+    def drops_the_copy(output, *rest):
+        expand.expand(output.to(torch.int64), *rest)
+
+    assert expand.is_wrong(drops_the_copy)
+    assert not expand.is_wrong(expand.expand)
+    assert expand.adapt(expand.expand) is expand.expand
+
+
+@pytest.mark.vllm
+def test_stock_is_wrong_and_the_sampler_is_put_right():
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("the fault is the CPU build's")
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    if HAS_TRITON:
+        pytest.skip("Triton kernels run here; the C++ routine is not used")
+    import vllm._C  # noqa: F401
+
+    stock = cpu_triton_utils._expand_kernel_impl
+    if stock is expand.expand:
+        pytest.skip("fixed earlier in this process")
+    assert expand.is_wrong(stock), "vLLM repaired it: drop the fix"
+    current_platform.register_triton_kernel_overrides()
+    assert compat.fix_cpu_expand()
+    assert not compat.fix_cpu_expand(), "the second call finds nothing to do"
+    temperatures = torch.tensor([0.7, 0.0])
+    got = expand_batch_to_tokens(temperatures, torch.tensor([2, 3], dtype=torch.int32), 3, 0, 1)
+    assert torch.equal(got, torch.tensor([0.7, 0.7, 1.0]))
