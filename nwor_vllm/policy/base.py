@@ -1,4 +1,4 @@
-"""The one interface between policies and whatever runs rounds: the plugin, the local loop, the split loop, the simulator.
+"""The one interface between policies and what runs rounds: the plugin, the local loop, the split loop, the simulator.
 
 A step asks `plan` how far to draft, runs, and reports with `observe`. Nothing here knows torch, vLLM or the clock.
 """
@@ -14,10 +14,20 @@ from typing import Any, Protocol
 class StopRule:
     """When the drafter stops inside a step. Zero thresholds and costs switch a clause off.
 
-    `calibration[j]` is (intercept, slope): the probability that the draft at position j is accepted, given that it is
-    reached, is sigmoid(intercept + slope * log_odds(confidence)); positions past its end use the last entry; empty
-    means the confidence itself. Costs are in accepted tokens: what one verified slot, and one more draft step of the
-    whole batch, must bring to pay for itself.
+    The exact rule, for row r with cap_r and bias_r (from the plan; none = k and 0), draft position j = 1, 2, ..., k and
+    c_rj the confidence there (the draft distribution's max probability; NaN counts as 0):
+
+        p_rj = sigmoid(a_j + b_j * clip(log(c_rj / (1 - c_rj)), -12, 12) + bias_r),  (a_j, b_j) = calibration[j-1]
+        S_rj = S_r,j-1 * p_rj,  R_rj = R_r,j-1 * c_rj,  S_r0 = R_r0 = 1,  every row with cap_r >= 1 starts alive
+        an alive row keeps slot j if  c_rj >= threshold  and  R_rj >= min_survival  and  S_rj >= verify_cost;
+        otherwise the slot is not verified and the row is dead; a row is also dead after keeping slot cap_r
+        draft step j+1 runs if  j < k,  a row is alive,  and, where draft_cost > 0,
+            sum over alive r of  max(0, S_rj * h_j+1 - verify_cost)  >  draft_cost,   h_j = hazard[j-1]
+
+    Positions past the end of `calibration` or `hazard` use the last entry; empty calibration means (0, 1), empty hazard
+    means p_rj itself. The first draft step always runs: a plan with k = 0 is how not to draft. Costs are in accepted
+    tokens: what one verified slot, and one more draft step of the whole batch, must bring to pay for itself.
+    `nwor_vllm.policy.stop.evaluate` is this rule in numpy.
     """
 
     threshold: float = 0.0
@@ -25,6 +35,7 @@ class StopRule:
     verify_cost: float = 0.0
     draft_cost: float = 0.0
     calibration: tuple[tuple[float, float], ...] = ()
+    hazard: tuple[float, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -33,11 +44,15 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the coming step may draft: `k` for the batch, `caps` for requests that get less."""
+    """What the coming step may draft: `k` for the batch, `caps` for requests that get less.
+
+    `bias` shifts the log-odds of a request's calibrated confidences: what its own history says beyond the confidence.
+    """
 
     k: int
     caps: Mapping[str, int] = field(default_factory=dict)
     stop: StopRule | None = None
+    bias: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
