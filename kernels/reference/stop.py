@@ -1,20 +1,17 @@
-"""Who drafts on after position j, in plain torch.
+"""The stop rule (`nwor_vllm.policy.base.StopRule` states it) at one draft position of every row, in plain torch.
 
-With c the max probability and a = sigmoid(intercept_j + slope_j * log_odds) the acceptance it predicts,
-    S   <- S * a                                            running survival
-    keep = c >= threshold and S >= max(min_survival, verify_cost)
-A row that is not kept stops and its token j is not verified. Rows that go on have to be worth the next draft step
-together, where the coming position is expected to be accepted like this one:
-    sum max(0, S * a - verify_cost) > draft_cost, else every row stops, keeping its token j.
-A NaN confidence counts as 0: it stops where anything can stop. Only the distribution is judged, never the drawn token.
+`policy.stop.evaluate` judges a recorded round; this judges a position while the round runs, in place, on the device.
+Only the draft distribution is judged, never the token drawn from it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from nwor_vllm.kernels.reference.confidence import LOG_ODDS_MAX, Confidence
-from nwor_vllm.kernels.state import RULE_FIELDS, StopState
+from nwor_vllm.kernels.reference.confidence import Confidence
+from nwor_vllm.kernels.state import POSITION_FIELDS, RULE_FIELDS, StopState
+
+RULE_ODDS_MAX = 12.0  # a confidence is calibrated on log-odds clipped to this
 
 
 def stop(conf: Confidence, state: StopState, step: torch.Tensor) -> None:
@@ -22,21 +19,26 @@ def stop(conf: Confidence, state: StopState, step: torch.Tensor) -> None:
     inside = (step >= 0) & (step < positions)
     column = step.long().clamp(0, positions - 1)
     threshold, min_survival, verify_cost, draft_cost = state.rule[:RULE_FIELDS].unbind()
-    intercept, slope = state.rule[RULE_FIELDS:].view(positions, 2).index_select(0, column)[0].unbind()
+    table = state.rule[RULE_FIELDS:].view(positions, POSITION_FIELDS)
+    intercept, slope, hazard = table.index_select(0, column)[0].unbind()
     alive = state.alive[:n] & inside
+    # A row without a distribution counts as confidence 0.
     prob = torch.where(conf.max_prob.isnan(), 0.0, conf.max_prob)
-    odds = torch.where(conf.log_odds.isnan(), -LOG_ODDS_MAX, conf.log_odds)
+    odds = torch.where(conf.log_odds.isnan(), -RULE_ODDS_MAX, conf.log_odds.clamp(-RULE_ODDS_MAX, RULE_ODDS_MAX))
 
     seen = state.confidence[:n].index_select(1, column)
     state.confidence[:n].index_copy_(1, column, torch.where(alive[:, None], prob[:, None], seen))
-    accept = torch.sigmoid(intercept + slope * odds)
+    accept = torch.sigmoid(intercept + slope * odds + state.bias[:n])
     survival = torch.where(alive, state.survival[:n] * accept, state.survival[:n])
-    keep = alive & (prob >= threshold) & (survival >= torch.maximum(min_survival, verify_cost))
+    product = torch.where(alive, state.product[:n] * prob, state.product[:n])
+    keep = alive & (prob >= threshold) & (product >= min_survival) & (survival >= verify_cost)
     on = keep & (state.caps[:n] > column + 1)
-    gain = torch.where(on, (survival * accept - verify_cost).clamp_min(0.0), 0.0).sum()
+    following = torch.where(hazard.isnan(), accept, hazard)
+    gain = torch.where(on, (survival * following - verify_cost).clamp_min(0.0), 0.0).sum()
     worth = (draft_cost <= 0) | (gain > draft_cost)
 
     state.survival[:n] = survival
+    state.product[:n] = product
     state.lengths[:n] += keep
     state.alive[:n] = torch.where(inside, on & worth, state.alive[:n])
     stopped = (alive & ~keep).sum() + (on & ~worth).sum()
