@@ -1,0 +1,108 @@
+"""Statistics of paired runs: t intervals on log ratios, what a sample could have shown, and quantiles it can carry."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import optimize
+from scipy import stats as distributions
+
+from nwor_vllm.errors import ConfigError
+
+CONFIDENCE = 0.95
+POWER = 0.80
+
+
+@dataclass(frozen=True, slots=True)
+class PairedRatio:
+    """a / b over n pairs: geometric mean, interval, p of "no difference", smallest detectable relative change."""
+
+    n: int
+    ratio: float
+    low: float | None
+    high: float | None
+    p: float | None
+    mde: float | None
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> PairedRatio:
+    """t interval on paired log ratios (bootstrap intervals under-cover at the n that a grid can afford)."""
+    if len(a) != len(b) or not a:
+        raise ConfigError(f"paired comparison of {len(a)} with {len(b)} values; expected equal counts from 1 up")
+    if not all(math.isfinite(x) and x > 0 for x in (*a, *b)):
+        raise ConfigError("paired comparison of values that are not positive numbers")
+    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    n = len(logs)
+    mean = math.fsum(logs) / n
+    if n == 1:
+        return PairedRatio(1, math.exp(mean), None, None, None, None)
+    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / (n - 1))
+    error = sd / math.sqrt(n)
+    half = float(distributions.t.ppf(0.5 + confidence / 2, n - 1)) * error
+    p = float(2 * distributions.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
+    return PairedRatio(
+        n, math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, math.expm1(min(mde_in_sd(n) * sd, 50.0))
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def mde_in_sd(n: int, confidence: float = CONFIDENCE, power: float = POWER) -> float:
+    """The smallest true mean, in standard deviations of the paired difference, that n pairs detect with this power."""
+    if n < 2:
+        raise ConfigError(f"{n} pairs cannot show a difference; expected at least 2")
+    critical = float(distributions.t.ppf(0.5 + confidence / 2, n - 1))
+
+    def shortfall(delta: float) -> float:
+        # The far tail on the wrong side is below 1e-6 wherever power is 0.8; scipy gives NaN there.
+        return float(distributions.nct.sf(critical, n - 1, delta * math.sqrt(n))) - power
+
+    return float(optimize.brentq(shortfall, 1e-6, 12.0 if n > 2 else 40.0, xtol=1e-6))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: compare the results with 0.05 and the whole family is held to it."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, p_values[index] * (len(order) - rank)))
+        adjusted[index] = running
+    return adjusted
+
+
+@functools.lru_cache(maxsize=64)
+def samples_needed(q: float) -> int:
+    """How many samples carry the q quantile: two of them lie beyond it with 99 % probability (p90 64, p99 662)."""
+    tail = min(q, 1 - q)
+    n = 2
+    while (1 - tail) ** n + n * tail * (1 - tail) ** (n - 1) > 0.01:
+        n += 1
+    return n
+
+
+def quantile(values: Sequence[float], q: float) -> float | None:
+    """The q quantile, linear between order statistics; None where a tail is not estimable. The median always is."""
+    if not values or (q != 0.5 and len(values) < samples_needed(q)):
+        return None
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def not_estimable(n: int, q: float) -> str:
+    return f"p{round(q * 100)} needs {samples_needed(q)} samples, has {n}"
+
+
+def verdict(result: PairedRatio, p_adjusted: float | None, alpha: float = 1 - CONFIDENCE) -> str:
+    """In words: of `a` against `b`, where values are times."""
+    if result.low is None or result.high is None or p_adjusted is None:
+        return "one pair: no interval"
+    if p_adjusted < alpha:
+        return "faster" if result.ratio < 1 else "slower"
+    bound = max(abs(1 - result.low), abs(result.high - 1))
+    return f"no difference larger than {bound:.1%}"

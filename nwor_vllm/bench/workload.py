@@ -1,0 +1,134 @@
+"""Prompts: from a JSONL or ShareGPT file, the embedded domains, or random. Equal for every arm, new in every batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nwor_vllm.bench.grid import Cell
+from nwor_vllm.errors import ConfigError, MissingError
+
+HUMAN = frozenset({"human", "user"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    id: str
+    text: str
+    category: str
+    seed: int  # of this request's sampling, the same for every arm
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    warmup: tuple[tuple[Prompt, ...], ...]
+    batches: tuple[tuple[Prompt, ...], ...]
+    repeats: bool  # the source has fewer prompts than the run needs
+
+
+def build(cell: Cell) -> Workload:
+    """The batches of a cell; warm-up prompts come after the measured ones, so that more warm-up changes nothing."""
+    needed = cell.requests * (cell.batches + cell.warmup_batches)
+    if cell.dataset:
+        pool = read_file(Path(cell.dataset))
+        random.Random(cell.seed).shuffle(pool)
+    else:
+        pool = generate(cell.workload, needed, cell.seed)
+    prompts = [_numbered(pool[i % len(pool)], i, len(pool), cell.seed) for i in range(needed)]
+    size = cell.requests
+    batches = [tuple(prompts[i : i + size]) for i in range(0, needed, size)]
+    return Workload(tuple(batches[cell.batches :]), tuple(batches[: cell.batches]), needed > len(pool))
+
+
+def _numbered(source: tuple[str, str, str], index: int, pool: int, seed: int) -> Prompt:
+    name, text, category = source
+    round_ = index // pool
+    token = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return Prompt(f"{name}#{round_}" if round_ else name, text, category, int.from_bytes(token[:4], "big") >> 1)
+
+
+def sha256(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256("\0".join(p.text for p in prompts).encode()).hexdigest()[:16]
+
+
+def generate(workload: str, count: int, seed: int) -> list[tuple[str, str, str]]:
+    """(id, text, category) from the embedded domains; `random` has no structure that a drafter could learn."""
+    if workload == "random":
+        rng = random.Random(seed)
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(4096)]
+        return [(f"random-{i:05d}", " ".join(rng.choices(words, k=32)), "random") for i in range(count)]
+    from nwor_vllm.zoo import chats
+
+    rows = chats.prompts("all" if workload == "mixed" else workload, count, seed)
+    return [(row["id"], row["prompt"], row["domain"]) for row in rows]
+
+
+def read_file(path: Path) -> list[tuple[str, str, str]]:
+    """(id, text, category) of every row. One bad row is an error with its line: a skipped row is another experiment."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError(f"dataset {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"dataset {path} cannot be read: {error}") from None
+    rows: list[tuple[str, str, str]] = []
+    seen: set[str] = set()
+    for where, data in _rows(text, path):
+        row = _row(data, where, f"{path.stem}-{len(rows):05d}")
+        if row[0] in seen:
+            raise ConfigError(f"{where}: id {row[0]!r} occurs twice")
+        seen.add(row[0])
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"dataset {path} holds no prompts")
+    return rows
+
+
+def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """JSON lines, or one JSON array (as ShareGPT is published)."""
+    if text.lstrip().startswith("["):
+        for index, data in enumerate(_json(text, str(path))):
+            yield f"{path}[{index}]", data
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+        if line.strip():
+            yield f"{path}:{number}", _json(line, f"{path}:{number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {str(error)[:100]}") from None
+
+
+def _row(data: Any, where: str, fallback: str) -> tuple[str, str, str]:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} is {type(data).__name__}; expected an object with `prompt` or `conversations`")
+    text = data["prompt"] if "prompt" in data else _first_human(data.get("conversations"), where)
+    name = data.get("id", fallback)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}: prompt is {text!r:.40}; expected text")
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+        raise ConfigError(f"{where}: id is {name!r:.40}; expected text or a number")
+    try:
+        text.encode()
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: half a surrogate pair; re-encode the file as UTF-8") from None
+    category = data.get("category", "")
+    return str(name), text, category if isinstance(category, str) else ""
+
+
+def _first_human(turns: Any, where: str) -> Any:
+    if isinstance(turns, list):
+        for turn in turns:
+            if isinstance(turn, dict) and turn.get("from") in HUMAN:
+                return turn.get("value")
+    raise ConfigError(f"{where}: neither `prompt` nor a human turn in `conversations`")
