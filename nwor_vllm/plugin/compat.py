@@ -1,25 +1,204 @@
-"""Every private vLLM name the plugin relies on. A hook that is missing disables its one feature with one log line."""
+"""Every private vLLM name that is looked up from outside its class, and what is lost where one is missing.
+
+To add an adapter: write `adapt(stock) -> replacement` in its own module, and a `Feature` below that names the stock
+attribute, the stage at which it is needed and what the replacement relies on. `apply(stage)` does the rest: a feature
+whose needs are not met is left out with one log line, nothing is patched twice, and `revert` puts all back.
+Requirements are probed, never read off a version.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from nwor_vllm.plugin import lazy
+
+log = logging.getLogger("vllm.nwor")
+
+
+@dataclass(frozen=True)
+class Need:
+    target: str  # module:attribute.path
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Patch:
+    target: str
+    adapter: str  # module:function, stock -> replacement; imported when it is applied
+
+
+@dataclass(frozen=True)
+class Feature:
+    name: str
+    stage: str  # "register": every process; "engine": where the scheduler lives; "worker"
+    needs: tuple[Need, ...] = ()
+    patch: Patch | None = None
+
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        "settings from additional_config",
+        "register",
+        (Need("vllm.config.vllm:VllmConfig.__post_init__"),),
+        Patch("vllm.config.vllm:VllmConfig.__post_init__", "nwor_vllm.plugin.configure:adapt"),
+    ),
+    Feature(
+        "draft length per step",
+        "engine",
+        (Need("vllm.v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule"), Need(f"{_SCHEDULER}.schedule")),
+    ),
+    Feature("acceptance feed", "engine", (Need(f"{_SCHEDULER}.make_spec_decoding_stats", ("request_id",)),)),
+    Feature("draft length per request", "engine", (Need(f"{_SCHEDULER}.update_draft_token_ids"),)),
+    Feature("run-time control", "engine", (Need("vllm.v1.engine.core_client:EngineCoreClient"),)),
+    Feature(
+        "sampling above temperature 0 on CPU",
+        "worker",
+        (),
+        Patch("vllm.utils.cpu_triton_utils:_expand_kernel_impl", "nwor_vllm.plugin.expand:adapt"),
+    ),
+    Feature(
+        "early exit on the V1 runner",
+        "worker",
+        (
+            Need(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output",)),
+            Need(f"{_PROPOSER}.propose", ("num_speculative_tokens", "common_attn_metadata")),
+            Need(f"{_PROPOSER}._sample_draft_tokens", ("hidden_states", "sampling_metadata")),
+            Need(f"{_PROPOSER}._sample_from_logits", ("logits", "sampling_metadata")),
+        ),
+        Patch(f"{_RUNNER}.__init__", "nwor_vllm.plugin.runner_v1:adapt"),
+    ),
+    Feature(
+        "trimming under asynchronous scheduling on the V1 runner",
+        "worker",
+        (Need(f"{_RUNNER}._update_states", ("scheduler_output",)), Need(f"{_RUNNER}.execute_model")),
+    ),
+    Feature(
+        "no write on reject on the V1 runner",
+        "worker",
+        (
+            Need(f"{_PROPOSER}._get_slot_mapping", ("num_tokens", "slot_mapping")),
+            Need(f"{_PROPOSER}._update_positions_dependent_metadata"),
+        ),
+    ),
+)
+
+_applied: dict[str, tuple[Any, str, Any]] = {}  # target -> owner, attribute, stock
+_missing: dict[str, str] = {}  # what was logged
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """Owner, attribute name and value of `module:path`. Raises ImportError or AttributeError."""
+    module, path = target.split(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name, getattr(owner, name)
+
+
+def why_not(feature: Feature) -> str:
+    """What the feature misses in this vLLM; empty when it can work. Imports what it probes."""
+    for need in feature.needs:
+        try:
+            value = resolve(need.target)[2]
+        except (ImportError, AttributeError) as error:
+            return f"{need.target} is missing ({error})"
+        if need.parameters:
+            absent = set(need.parameters) - set(inspect.signature(value).parameters)
+            if absent:
+                return f"{need.target} has no parameter {', '.join(sorted(absent))}"
+    return ""
+
+
+def hooks() -> list[tuple[str, str, bool, str]]:
+    """(stage, feature, available, why not), for `nwor doctor`. Imports vLLM."""
+    rows = []
+    for feature in FEATURES:
+        why = why_not(feature)
+        rows.append((feature.stage, feature.name, not why, why))
+    return rows
+
+
+def has(name: str) -> bool:
+    return not why_not(next(f for f in FEATURES if f.name == name))
+
+
+def apply(stage: str) -> None:
+    """Patch what belongs to `stage`. Again is harmless."""
+    for feature in FEATURES:
+        if feature.stage != stage or feature.name in _missing:
+            continue
+        why = why_not(feature)
+        if why:
+            _missing[feature.name] = why
+            log.warning("nwor: %s is disabled: %s", feature.name, why)
+        elif feature.patch is not None:
+            _patch(feature.patch)
+
+
+def apply_when_imported(stage: str) -> None:
+    """The same without importing anything: each patch waits for its module."""
+    for feature in FEATURES:
+        if feature.stage == stage and feature.patch is not None:
+            patch = feature.patch
+            lazy.when_imported(patch.target.split(":")[0], lambda module, patch=patch: _patch(patch))
+
+
+def _patch(patch: Patch) -> None:
+    if patch.target in _applied:
+        return
+    try:
+        owner, name, stock = resolve(patch.target)
+    except (ImportError, AttributeError):
+        return  # nothing to put right in this build
+    adapter: Callable[[Any], Any] = resolve(patch.adapter)[2]
+    replacement = adapter(stock)
+    if replacement is not stock:
+        _applied[patch.target] = (owner, name, stock)
+        setattr(owner, name, replacement)
+
+
+def revert() -> None:
+    """Every stock object back in its place."""
+    for owner, name, stock in reversed(_applied.values()):
+        setattr(owner, name, stock)
+    _applied.clear()
+    _missing.clear()
+    for feature in FEATURES:
+        if feature.patch is not None:
+            lazy.forget(feature.patch.target.split(":")[0])
 
 
 def fix_cpu_expand() -> bool:
     """Put right the CPU build's expansion of sampling parameters; true where it had to be."""
-    from nwor_vllm.plugin import expand
-
+    patch = next(f.patch for f in FEATURES if f.name == "sampling above temperature 0 on CPU")
+    assert patch is not None
+    if patch.target in _applied:
+        return False
     try:
-        owner: Any = importlib.import_module("vllm.utils.cpu_triton_utils")
         importlib.import_module("vllm._C")
-        stock = owner._expand_kernel_impl
-    except (ImportError, AttributeError):
-        return False  # not the CPU build, or one that no longer has the routine
-    fixed = expand.adapt(stock)
-    owner._expand_kernel_impl = fixed
-    dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    except ImportError:
+        return False
+    _patch(patch)
     name = "vllm.v1.sample.rejection_sampler.expand_kernel"
-    if fixed is not stock and name in dispatcher._registry:  # registered before us: replace it where it is used
-        dispatcher.register_kernels({name: fixed})
-    return fixed is not stock
+    if patch.target in _applied and name in dispatcher._registry:  # registered before us: replace it where it is used
+        dispatcher.register_kernels({name: resolve(patch.target)[2]})
+    return patch.target in _applied
+
+
+def attach(output: Any, report: Any) -> Any:
+    """Let `report` travel with what the runner returns for a step."""
+    carrier = getattr(output, "_model_runner_output", output)
+    if getattr(carrier, "req_ids", None):  # the empty output is one shared object
+        carrier.nwor = report
+    return output

@@ -1,0 +1,109 @@
+"""Read and switch a live engine between batches: `apply(llm, {"policy": "fixed", "policy_params": {"k": 3}})`.
+
+The scheduler lives in the engine core, which may be another process. vLLM's clients call methods of the core by name
+(`call_utility`); `serve_control` gives the core one such method. Changes are settings as in `additional_config["nwor"]`
+and take effect with the next step that is planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from nwor_vllm.config import NworConfig, from_mapping
+from nwor_vllm.errors import ConfigError, MissingError, unknown_key
+
+METHOD = "nwor_control"
+LIVE = frozenset({"policy", "policy_params", "early_exit", "per_request"})  # the rest is fixed at engine start
+ACTIONS = frozenset({"reset", "restore"})
+
+
+def apply(llm: Any, change: Mapping[str, Any]) -> dict[str, Any]:
+    """Change settings of a running `LLM`; returns its snapshot. A `policy` starts afresh, with its own parameters."""
+    return _call(llm, dict(change))
+
+
+def snapshot(llm: Any) -> dict[str, Any]:
+    """Settings, counters, policy state and the numbers of every request seen, as plain JSON types."""
+    return _call(llm, {})
+
+
+def workers(llm: Any) -> list[dict[str, Any]]:
+    """Each worker's own counts, by rank."""
+    found: list[dict[str, Any]] = llm.collective_rpc("nwor_worker")
+    return found
+
+
+def _call(llm: Any, change: dict[str, Any]) -> dict[str, Any]:
+    client = getattr(getattr(llm, "llm_engine", llm), "engine_core", None)
+    core = getattr(client, "engine_core", None)
+    if core is not None and not hasattr(core, METHOD):
+        raise MissingError('this engine runs without nwor; start it with additional_config={"nwor": {...}}')
+    result: Any = core.nwor_control(change) if core is not None else client.call_utility(METHOD, change)  # type: ignore[union-attr]
+    return _raised(result)
+
+
+async def call_async(engine: Any, change: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for an `AsyncLLM`."""
+    return _raised(await engine.engine_core.call_utility_async(METHOD, dict(change)))
+
+
+def _raised(result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        raise ConfigError(result["error"])
+    return result
+
+
+def serve_control() -> None:
+    """Called where the scheduler is built, in the engine core's process."""
+    core: Any = importlib.import_module("vllm.v1.engine.core").EngineCore
+
+    def nwor_control(self: Any, change: dict[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = self.scheduler.nwor_control(change)
+        return result
+
+    if not hasattr(core, METHOD):
+        core.nwor_control = nwor_control
+
+
+def answer(scheduler: Any, change: dict[str, Any]) -> dict[str, Any]:
+    """What the core's method does. Errors travel as text: the client may be another process."""
+    try:
+        settings = {k: v for k, v in change.items() if k not in ACTIONS}
+        if settings:
+            scheduler.nwor_config, scheduler.nwor_policy = changed(scheduler, settings)
+        if change.get("reset"):
+            counters = scheduler.nwor_counters
+            scheduler.nwor_counters = type(counters)(counters.draft_row_bytes, counters.target_row_bytes)
+            scheduler.nwor_requests.clear()
+        if "restore" in change:
+            scheduler.nwor_policy.restore(change["restore"])
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        return {"error": str(error)}
+    return {
+        "settings": dataclasses.asdict(scheduler.nwor_config) | {"ladder": list(scheduler.nwor_config.ladder)},
+        "counters": scheduler.nwor_counters.snapshot(),
+        "policy": scheduler.nwor_policy.snapshot(),
+        "policy_metrics": scheduler.nwor_policy.metrics(),
+        "requests": {i: dict(n) for i, n in scheduler.nwor_requests.items()},
+    }
+
+
+def changed(scheduler: Any, settings: dict[str, Any]) -> tuple[NworConfig, Any]:
+    """The new settings and policy; the old ones stay in force when anything is wrong."""
+    old: NworConfig = scheduler.nwor_config
+    for key in settings:
+        if key not in LIVE:
+            raise unknown_key("live setting", key, LIVE | ACTIONS)
+    plain = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}
+    plain["ladder"], plain["early_exit"] = list(old.ladder), dataclasses.asdict(old.early_exit)
+    if "policy" in settings and settings["policy"] != old.policy:
+        plain["policy_params"] = {}
+    for key, value in settings.items():
+        plain[key] = {**plain[key], **value} if key == "early_exit" and isinstance(value, Mapping) else value
+    new: NworConfig = from_mapping(NworConfig, plain)
+    if "policy" not in settings and "policy_params" not in settings:
+        return new, scheduler.nwor_policy
+    return new, scheduler.nwor_make(new)

@@ -1,0 +1,85 @@
+"""What happened since the engine started, counted where the scheduler lives: true under trimming, one flat JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from nwor_vllm.plugin.messages import DraftReport
+from nwor_vllm.policy import Step
+
+
+@dataclass
+class Counters:
+    """KV bytes are logical: rows times the bytes of one row over all layers of that model."""
+
+    draft_row_bytes: int = 0
+    target_row_bytes: int = 0
+    steps: int = 0
+    draft_forwards: int = 0
+    draft_forwards_saved: int = 0  # the step's draft length would have run them
+    drafted: int = 0  # proposed, before trimming
+    verified: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    stopped_by_confidence: int = 0  # tokens the step's draft length would have drafted, counted once each
+    draft_rows_written: int = 0
+    draft_rows_avoided: int = 0
+    target_rows_written: int = 0
+    target_rows_avoided: int = 0
+    step_seconds: float = 0.0
+    length_histogram: Counter[int] = field(default_factory=Counter)  # planned draft length -> steps
+    accepted_per_position: list[int] = field(default_factory=list)
+    verified_per_position: list[int] = field(default_factory=list)
+
+    def report(self, report: DraftReport, skipped_rows: int) -> None:
+        """A drafting; `skipped_rows` target rows will not be verified because of it."""
+        self.draft_forwards += report.forwards
+        self.draft_forwards_saved += max(report.k - report.forwards, 0)
+        self.draft_rows_written += report.rows_written
+        self.draft_rows_avoided += report.rows_avoided
+        self.target_rows_avoided += skipped_rows
+        for length in report.lengths.values():
+            self.stopped_by_confidence += report.k - length
+
+    def step(self, step: Step) -> None:
+        self.steps += 1
+        self.length_histogram[step.k] += 1
+        self.target_rows_written += step.verified_tokens + step.prefill_tokens
+        if step.seconds > 0:
+            self.step_seconds += step.seconds
+        for r in step.rounds:
+            self.rounds += 1
+            self.drafted += r.drafted
+            self.verified += r.verified
+            self.accepted += r.accepted
+            _count(self.verified_per_position, r.verified)
+            _count(self.accepted_per_position, r.accepted)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain types. The keys are the metrics' names without `nwor_`."""
+        return {
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "draft_forwards": self.draft_forwards,
+            "draft_forwards_saved": self.draft_forwards_saved,
+            "drafted_tokens": self.drafted,
+            "verified_tokens": self.verified,
+            "accepted_tokens": self.accepted,
+            "tokens_stopped_by_confidence": self.stopped_by_confidence,
+            "draft_kv_bytes_written": self.draft_rows_written * self.draft_row_bytes,
+            "draft_kv_bytes_avoided": self.draft_rows_avoided * self.draft_row_bytes,
+            "target_kv_bytes_written": self.target_rows_written * self.target_row_bytes,
+            "target_kv_bytes_avoided": self.target_rows_avoided * self.target_row_bytes,
+            "step_seconds": self.step_seconds,
+            "length_histogram": {str(k): n for k, n in sorted(self.length_histogram.items())},
+            "verified_per_position": list(self.verified_per_position),
+            "accepted_per_position": list(self.accepted_per_position),
+        }
+
+
+def _count(per_position: list[int], length: int) -> None:
+    per_position.extend([0] * (length - len(per_position)))
+    for position in range(length):
+        per_position[position] += 1

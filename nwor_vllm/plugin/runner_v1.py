@@ -1,0 +1,135 @@
+"""The V1 model runner: opens a draft round per step, hands ragged drafts on, trims what asynchronous steps verify.
+
+Under synchronous scheduling the drafts go back as ragged lists. Under asynchronous scheduling the next step was planned
+before they existed, with `k` placeholders each: the worker verifies fewer, in its own copy of the step, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nwor_vllm.config import NworConfig, load
+from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.draft_round import DraftRound
+from nwor_vllm.plugin.drafter_v1 import elastic
+from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of
+
+_StockRunner: Any = object  # the vLLM class that `adapt` puts behind the mixin
+
+
+class ElasticRunner(_StockRunner):  # type: ignore[misc]
+    nwor_config: NworConfig
+    nwor_trims: bool  # asynchronous steps can be trimmed in the worker
+    nwor_pads: bool
+    nwor_last: DraftReport | None = None
+    nwor_lengths: dict[str, int]  # draft tokens each request kept, where that is fewer than its placeholders
+    nwor_cut: dict[str, int]
+    nwor_rows: list[int]  # [draft-layer KV rows written, avoided] since the start
+
+    def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        ids, k = list(self.input_batch.req_ids), scheduler_output.num_spec_tokens_to_schedule
+        orders = orders_of(scheduler_output)
+        held = self.use_async_scheduling
+        if held and not self.nwor_trims:
+            orders = Orders(observe=orders.observe)
+        # Grammar bitmasks are laid out for the placeholders, before the worker can trim them.
+        whole = [held and self._nwor_structured(i) for i in ids]
+        dead = self.discard_request_mask.np[: len(ids)].tolist()
+        now = self.drafter.nwor = DraftRound(ids, k, orders, dead, whole, self.nwor_pads)
+        drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
+        report = now.report()
+        self.nwor_lengths = {}
+        if now.tokens:
+            self.nwor_lengths = dict(report.lengths)
+            if not held and isinstance(drafts, torch.Tensor):
+                drafts = [row[:n] for row, n in zip(drafts.tolist(), report.lengths.values(), strict=True)]
+        else:
+            report = dataclasses.replace(report, lengths={})
+        self.nwor_last = report
+        self.nwor_rows[0] += report.rows_written
+        self.nwor_rows[1] += report.rows_avoided
+        return drafts
+
+    def _nwor_structured(self, request_id: str) -> bool:
+        params = self.requests[request_id].sampling_params
+        return params is not None and params.structured_outputs is not None
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nwor_cut = {}
+        self.nwor_planned: dict[str, int] = {}
+        if self.use_async_scheduling and self.nwor_lengths:
+            scheduler_output = self._nwor_trim(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _nwor_trim(self, step: Any) -> Any:
+        planned = step.scheduled_spec_decode_tokens
+        cut = {
+            i: len(t) - self.nwor_lengths[i] for i, t in planned.items() if self.nwor_lengths.get(i, len(t)) < len(t)
+        }
+        if not cut:
+            return step
+        tokens, drafts = dict(step.num_scheduled_tokens), dict(planned)
+        for request_id, n in cut.items():
+            tokens[request_id] -= n
+            drafts[request_id] = drafts[request_id][:-n]
+            if not drafts[request_id]:
+                del drafts[request_id]
+        self.nwor_cut, self.nwor_planned = cut, {i: len(t) for i, t in planned.items()}
+        trimmed = dataclasses.replace(
+            step,
+            num_scheduled_tokens=tokens,
+            scheduled_spec_decode_tokens=drafts,
+            total_num_scheduled_tokens=step.total_num_scheduled_tokens - sum(cut.values()),
+        )
+        trimmed.nwor = orders_of(step)
+        return trimmed
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        correct = super()._update_states(scheduler_output)
+        # The scheduler advanced every request by its placeholders; what it takes back is counted from there.
+        for request_id in self.nwor_cut:
+            if request_id in self.requests:
+                self.requests[request_id].prev_num_draft_len = self.nwor_planned[request_id]
+        return correct
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        self.nwor_last, self.nwor_lengths = None, {}
+        output = super().sample_tokens(grammar_output)
+        report = self.nwor_last
+        if self.nwor_cut:
+            report = dataclasses.replace(report or DraftReport(0, 0), cut=self.nwor_cut)
+        return output if report is None else compat.attach(output, report)
+
+
+@functools.cache
+def _elastic_runner(stock: type[Any]) -> type[Any]:
+    return type(f"Elastic{stock.__name__}", (ElasticRunner, stock), {})
+
+
+def adopt(runner: Any) -> None:
+    """Put our classes in front of the runner's and its drafter's, if its engine asks for it."""
+    config = load(runner.vllm_config.additional_config, os.environ)
+    drafter = getattr(runner, "drafter", None)
+    if config is None or not hasattr(drafter, "propose") or not hasattr(drafter, "needs_extra_input_slots"):
+        return
+    drafter.__class__ = elastic(type(drafter))
+    runner.__class__ = _elastic_runner(type(runner))
+    runner.nwor_config = config
+    runner.nwor_trims = compat.has("trimming under asynchronous scheduling on the V1 runner")
+    runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")
+    runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
+
+
+def adapt(stock: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        adopt(self)
+
+    return init

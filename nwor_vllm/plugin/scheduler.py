@@ -1,0 +1,206 @@
+"""The schedulers with a policy in them: one mixin over vLLM's synchronous and asynchronous scheduler.
+
+A step is planned when vLLM looks its draft length up, and observed when its output comes back. Lengths and outcomes
+never decide what is sampled: a wrong plan costs time, not output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from nwor_vllm.config import NworConfig, load
+from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.configure import ladder_of
+from nwor_vllm.plugin.control import answer, serve_control
+from nwor_vllm.plugin.counters import Counters
+from nwor_vllm.plugin.kv_bytes import row_bytes
+from nwor_vllm.plugin.messages import DraftReport, Orders, report_of
+from nwor_vllm.policy import Plan, Policy, Round, Step, StopRule, make_policy
+
+_StockScheduler: Any = object  # the vLLM class that stands behind the mixin
+
+
+class _Lookup:
+    """Stands where vLLM keeps its table of draft lengths by batch size."""
+
+    def __init__(self, scheduler: Elastic) -> None:
+        self.scheduler = scheduler
+
+    def __getitem__(self, batch_size: int) -> int:
+        return self.scheduler.nwor_decide()
+
+
+@dataclasses.dataclass(slots=True)
+class _Drafted:
+    """What one request's pending draft was, until its verification comes back."""
+
+    drafted: int
+    confidence: tuple[float, ...]
+
+
+class Elastic(_StockScheduler):  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = load(self.vllm_config.additional_config, os.environ)
+        self.nwor_k_max = self.num_spec_tokens
+        self.nwor_dynamic = self.dynamic_sd_lookup is not None
+        self.nwor_config = config or NworConfig()
+        self.nwor_policy = self.nwor_make(self.nwor_config)
+        if self.nwor_dynamic:
+            self.dynamic_sd_lookup = _Lookup(self)
+        self.nwor_counters = Counters(*row_bytes(self.kv_cache_config, self.vllm_config))
+        self.nwor_plan = Plan(self.nwor_k_max)
+        self.nwor_drafted: dict[str, _Drafted] = {}
+        self.nwor_requests: dict[str, dict[str, int]] = {}
+        self.nwor_rounds: list[Round] = []
+        self.nwor_started = self.nwor_ended = time.perf_counter()
+        self.nwor_busy = False
+        serve_control()
+
+    def nwor_make(self, config: NworConfig) -> Policy:
+        ladder = ladder_of(config, self.num_spec_tokens) if self.nwor_dynamic else (self.num_spec_tokens,)
+        return make_policy(config.policy, config.params(), ladder)
+
+    # Planning
+
+    def nwor_decide(self) -> int:
+        running = self.running
+        context = sum(r.num_computed_tokens for r in running)
+        self.nwor_plan = self.nwor_policy.plan([r.request_id for r in running], context)
+        return min(self.nwor_plan.k, self.num_spec_tokens)
+
+    def nwor_orders(self) -> Orders:
+        exits, given = self.nwor_config.early_exit, self.nwor_plan.stop
+        stop = given if given is not None and exits.policy_rule else StopRule()
+        stop = dataclasses.replace(
+            stop,
+            threshold=max(stop.threshold, exits.threshold),
+            min_survival=max(stop.min_survival, exits.min_survival),
+        )
+        caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
+        return Orders(stop, caps, observe=self.nwor_config.policy not in ("fixed", "off"))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.nwor_started = time.perf_counter()
+        step = super().schedule(*args, **kwargs)
+        if step.num_scheduled_tokens:
+            step.nwor = orders = self.nwor_orders()
+            step.nwor_k = step.num_spec_tokens_to_schedule
+            self.nwor_shorten(step, orders.caps)
+        for request_id in step.finished_req_ids:
+            self.nwor_policy.forget(request_id)
+            self.nwor_drafted.pop(request_id, None)
+        return step
+
+    def nwor_shorten(self, step: Any, caps: Mapping[str, int]) -> None:
+        """Asynchronous steps carry placeholders for drafts to come: as many as the request may have."""
+        if not self.scheduler_config.async_scheduling:
+            return
+        for request_id, cap in caps.items():
+            request = self.requests.get(request_id)
+            if request is not None and request_id in step.num_scheduled_tokens and len(request.spec_token_ids) > cap:
+                request.spec_token_ids = request.spec_token_ids[:cap]
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
+        for index, request_id in enumerate(draft_token_ids.req_ids) if caps else ():
+            if request_id in caps:
+                draft_token_ids.draft_token_ids[index] = draft_token_ids.draft_token_ids[index][: caps[request_id]]
+        super().update_draft_token_ids(draft_token_ids)
+
+    # Observing
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+        request_id, invalid = kwargs["request_id"], kwargs["num_invalid_spec_tokens"] or {}
+        verified, accepted = kwargs["num_draft_tokens"] - invalid.get(request_id, 0), kwargs["num_accepted_tokens"]
+        draft = self.nwor_drafted.get(request_id)
+        self.nwor_rounds.append(
+            Round(
+                request_id,
+                max(draft.drafted, verified) if draft else verified,
+                verified,
+                accepted,
+                draft.confidence if draft else (),
+            )
+        )
+        totals = self.nwor_requests.setdefault(request_id, {"rounds": 0, "drafted": 0, "verified": 0, "accepted": 0})
+        totals["rounds"] += 1
+        totals["drafted"] += self.nwor_rounds[-1].drafted
+        totals["verified"] += verified
+        totals["accepted"] += accepted
+        return super().make_spec_decoding_stats(*args, **kwargs)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        report = report_of(model_runner_output)
+        if report is not None and report.cut:
+            invalid = dict(scheduler_output.num_invalid_spec_tokens or {})
+            for request_id, n in report.cut.items():
+                invalid[request_id] = max(invalid.get(request_id, 0), n)
+            scheduler_output.num_invalid_spec_tokens = invalid
+        self.nwor_rounds = []
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if scheduler_output.num_scheduled_tokens:
+            self.nwor_observe(scheduler_output, report)
+        return outputs
+
+    def nwor_observe(self, step: Any, report: DraftReport | None) -> None:
+        now = time.perf_counter()
+        start = self.nwor_ended if self.nwor_busy else max(self.nwor_ended, self.nwor_started)
+        self.nwor_ended, self.nwor_busy = now, bool(self.running)
+        k = getattr(step, "nwor_k", 0)
+        cut = report.cut if report is not None else {}
+        drafts = {i: len(t) - cut.get(i, 0) for i, t in step.scheduled_spec_decode_tokens.items()}
+        decoding = [
+            i
+            for i, n in step.num_scheduled_tokens.items()
+            if n == 1 + len(step.scheduled_spec_decode_tokens.get(i, ()))
+        ]
+        verified = len(decoding) + sum(drafts.values())
+        total = sum(step.num_scheduled_tokens.values()) - sum(cut.values())
+        measured = Step(
+            rounds=self.nwor_rounds,
+            k=k,
+            draft_steps=min(report.forwards, k) if report is not None else k,
+            seconds=now - start,
+            requests=len(decoding),
+            verified_tokens=verified,
+            context_tokens=sum(r.num_computed_tokens for r in self.running),
+            prefill_tokens=max(total - verified, 0),
+        )
+        self.nwor_policy.observe(measured)
+        self.nwor_counters.step(measured)
+        if report is not None:
+            self.nwor_take(report)
+
+    def nwor_take(self, report: DraftReport) -> None:
+        """The drafts that the next step verifies."""
+        self.nwor_drafted = {}
+        skipped = 0
+        for request_id, length in report.lengths.items():
+            if request_id in self.requests:
+                confidence = report.confidence.get(request_id, ())
+                self.nwor_drafted[request_id] = _Drafted(max(length, len(confidence)), confidence)
+                skipped += report.k - length
+        self.nwor_counters.report(report, skipped)
+
+    def nwor_control(self, change: dict[str, Any]) -> dict[str, Any]:
+        return answer(self, change)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        compat.log.info("nwor: %s", self.nwor_counters.snapshot())
+
+
+class ElasticScheduler(Elastic, Scheduler):
+    """Synchronous; also `--scheduler-cls nwor_vllm.plugin.scheduler.ElasticScheduler`."""
+
+
+class ElasticAsyncScheduler(Elastic, AsyncScheduler):
+    """Asynchronous; also `--scheduler-cls nwor_vllm.plugin.scheduler.ElasticAsyncScheduler`."""
