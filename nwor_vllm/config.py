@@ -41,7 +41,7 @@ class EarlyExit:
 @dataclass(frozen=True)
 class NworConfig:
     enabled: bool = True  # false leaves stock vLLM untouched
-    policy: str = "fixed"  # which policy decides the draft length
+    policy: str = "goodput"  # which policy decides the draft length
     policy_params: Mapping[str, Any] = field(default_factory=dict)  # that policy's own parameters
     ladder: tuple[int, ...] = ()  # draft lengths a step may have; empty = 0,1,2,3,5,8 up to num_speculative_tokens
     per_request: bool = True  # let requests get less than the step's draft length

@@ -9,6 +9,7 @@ from typing import Any
 from nwor_vllm.errors import unknown_key
 from nwor_vllm.policy.base import Plan, Policy, Round, Step, StopRule
 from nwor_vllm.policy.fixed import Fixed, FixedParams, Off, OffParams
+from nwor_vllm.policy.goodput import Goodput, GoodputParams
 
 __all__ = ["POLICIES", "Plan", "Policy", "Round", "Step", "StopRule", "default_ladder", "make_policy"]
 
@@ -22,6 +23,7 @@ class PolicyKind:
 POLICIES: dict[str, PolicyKind] = {
     "fixed": PolicyKind(FixedParams, Fixed),
     "off": PolicyKind(OffParams, Off),
+    "goodput": PolicyKind(GoodputParams, Goodput),
 }
 
 

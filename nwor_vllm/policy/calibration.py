@@ -1,0 +1,111 @@
+"""What the drafter's confidence is worth: an online logistic per draft position, and how good it is.
+
+P(accepted | reached, confidence c) = sigmoid(a_j + b_j * log_odds(c) + phi_r): one Newton step per engine step on
+discounted evidence, with (0, 1), that is "the confidence is right", as the prior. phi_r is the request's own shift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nwor_vllm.policy.requests import Effects
+from nwor_vllm.policy.stop import Floats, Ints, log_odds, sigmoid
+
+BINS = 20
+PRIOR = np.array([2.0, 0.0, 4.0])  # information about (a, b) worth a handful of rounds
+
+
+class Calibration:
+    def __init__(self, positions: int, spread: float, keep: float, memory: float) -> None:
+        self.positions, self.memory = positions, memory
+        self.weights: Floats = np.tile([0.0, 1.0], (positions, 1))
+        self.information: Floats = np.zeros((positions, 3))  # sums of w, w x, w x^2
+        self.following: Floats = np.zeros(positions)  # log-odds by which a row still drafting beats its history
+        self.effects = Effects(spread, keep)
+        self.histogram: Floats = np.zeros((3, BINS))  # accepted, rejected, sum of predictions by predicted value
+        self._index = np.arange(positions)
+
+    def predict(self, rows: Ints, confidence: Floats) -> Floats:
+        """[rows, positions]: calibrated acceptance; NaN confidence counts as 0."""
+        w = self.weights
+        return sigmoid(w[:, 0] + w[:, 1] * log_odds(confidence) + self.effects.mean[rows][:, None])
+
+    def observe(self, rows: Ints, verified: Ints, accepted: Ints, confidence: Floats) -> None:
+        reached = self._index < np.minimum(accepted + 1, verified)[:, None]
+        reached &= ~np.isnan(confidence)
+        if not reached.any():
+            return
+        outcome = (self._index < accepted[:, None]) & reached
+        x = log_odds(confidence)
+        p = sigmoid(self.weights[:, 0] + self.weights[:, 1] * x + self.effects.mean[rows][:, None])
+        self._count(p[reached], outcome[reached])
+        residual = (outcome - p) * reached
+        weight = p * (1.0 - p) * reached
+        self.effects.update(rows, residual.sum(axis=1), weight.sum(axis=1))
+        self._newton(residual, weight, x)
+
+    def _newton(self, residual: Floats, weight: Floats, x: Floats) -> None:
+        wx = weight * x
+        gained = np.stack([weight.sum(axis=0), wx.sum(axis=0), (wx * x).sum(axis=0)], axis=1)
+        fade = np.minimum(1.0, self.memory / (self.information[:, 0] + gained[:, 0] + 1e-9))
+        self.information = (self.information + gained) * fade[:, None]
+        a, b, d = (self.information + PRIOR).T
+        g0, g1 = residual.sum(axis=0), (residual * x).sum(axis=0)
+        determinant = a * d - b * b
+        step = np.stack([(d * g0 - b * g1) / determinant, (a * g1 - b * g0) / determinant], axis=1)
+        self.weights = self.weights + np.clip(step, -0.5, 0.5)
+        self.weights[:, 0] = np.clip(self.weights[:, 0], -6.0, 6.0)
+        self.weights[:, 1] = np.clip(self.weights[:, 1], 0.0, 3.0)  # more confidence never means less
+        known = int(np.count_nonzero(np.cumprod(self.information[:, 0] > 0)))
+        if 0 < known < self.positions:
+            self.weights[known:] = self.weights[known - 1]
+
+    def learn_following(self, history: Floats, predicted: Floats, drafted: Ints, verified: Ints) -> None:
+        """Rows that kept slot j and drafted j + 1: how much better than `history` was that next draft's confidence?"""
+        shown = (self._index < drafted[:, None]) & (self._index <= verified[:, None])
+        shift = np.clip(np.log(predicted / (1.0 - predicted)) - np.log(history / (1.0 - history)), -4.0, 4.0) * shown
+        count = shown.sum(axis=0)
+        rate = count / (count + 50.0)
+        self.following += rate * (shift.sum(axis=0) / np.maximum(count, 1) - self.following)
+
+    def _count(self, p: Floats, outcome: Any) -> None:
+        cell = np.minimum((p * BINS).astype(np.int64), BINS - 1)
+        self.histogram *= math.exp(-len(p) / 20000.0)
+        self.histogram[0] += np.bincount(cell[outcome], minlength=BINS)
+        self.histogram[1] += np.bincount(cell[~outcome], minlength=BINS)
+        self.histogram[2] += np.bincount(cell, weights=p, minlength=BINS)
+
+    def error(self) -> float:
+        """Expected calibration error; NaN before any evidence."""
+        total = self.histogram[:2].sum()
+        if total == 0:
+            return math.nan
+        return float(np.abs(self.histogram[0] - self.histogram[2]).sum() / total)
+
+    def auc(self) -> float:
+        """Probability that an accepted draft was predicted above a rejected one; NaN while one kind is missing."""
+        good, bad = self.histogram[0], self.histogram[1]
+        if good.sum() == 0 or bad.sum() == 0:
+            return math.nan
+        below = np.cumsum(bad) - bad
+        return float((good * (below + 0.5 * bad)).sum() / (good.sum() * bad.sum()))
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights.tolist(),
+            "information": self.information.tolist(),
+            "following": self.following.tolist(),
+            "histogram": self.histogram.tolist(),
+            "effects": self.effects.snapshot(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.weights = np.array(state["weights"], float)
+        self.information = np.array(state["information"], float)
+        self.following = np.array(state["following"], float)
+        self.histogram = np.array(state["histogram"], float)
+        self.effects.restore(state["effects"])

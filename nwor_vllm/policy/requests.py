@@ -1,0 +1,88 @@
+"""What each running request has shown so far: one number per request, learnt as a Gaussian, forgotten slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nwor_vllm.policy.stop import Floats, Ints
+
+SCRATCH = 0  # the row of rounds whose request is not known (any more): starts from the prior every time
+START = 64
+
+
+class Slots:
+    """Request id -> row of the arrays below. Rows are reused after `forget`."""
+
+    def __init__(self) -> None:
+        self.row: dict[str, int] = {}
+        self.free: list[int] = list(range(START - 1, SCRATCH, -1))
+        self.size = START
+
+    def rows(self, requests: Sequence[str]) -> tuple[Ints, list[int]]:
+        """Rows of `requests`, and which of them are new."""
+        known, fresh = self.row, []
+        out = []
+        for request in requests:
+            row = known.get(request)
+            if row is None:
+                if not self.free:
+                    self.free = list(range(2 * self.size - 1, self.size - 1, -1))
+                    self.size *= 2
+                row = known[request] = self.free.pop()
+                fresh.append(row)
+            out.append(row)
+        return np.array(out, np.int64), fresh
+
+    def known(self, requests: Sequence[str]) -> Ints:
+        get = self.row.get
+        return np.array([get(r, SCRATCH) for r in requests], np.int64)
+
+    def forget(self, request: str) -> None:
+        row = self.row.pop(request, None)
+        if row is not None:
+            self.free.append(row)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"row": dict(self.row), "free": list(self.free), "size": self.size}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.row = {str(k): int(v) for k, v in state["row"].items()}
+        self.free = [int(x) for x in state["free"]]
+        self.size = int(state["size"])
+
+
+class Effects:
+    """Per row an offset in log-odds: N(0, spread^2) at first, then filtered, falling back to it at rate 1 - keep."""
+
+    def __init__(self, spread: float, keep: float) -> None:
+        self.prior, self.keep = spread * spread, keep
+        self.mean: Floats = np.zeros(START)
+        self.var: Floats = np.full(START, self.prior)
+
+    def fit(self, size: int) -> None:
+        grow = size - len(self.mean)
+        if grow > 0:
+            self.mean = np.concatenate([self.mean, np.zeros(grow)])
+            self.var = np.concatenate([self.var, np.full(grow, self.prior)])
+
+    def reset(self, rows: Sequence[int]) -> None:
+        self.mean[rows] = 0.0
+        self.var[rows] = self.prior
+
+    def update(self, rows: Ints, residual: Floats, information: Floats) -> None:
+        """One filter step: `residual` is the sum of outcome minus expectation, `information` the sum of p (1 - p)."""
+        var = self.keep**2 * self.var[rows] + (1.0 - self.keep**2) * self.prior
+        var = var / (1.0 + var * information)
+        self.mean[rows] = np.clip(self.keep * self.mean[rows] + var * residual, -6.0, 6.0)
+        self.var[rows] = var
+        self.reset([SCRATCH])
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"mean": self.mean.tolist(), "var": self.var.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.mean = np.array(state["mean"], float)
+        self.var = np.array(state["var"], float)
