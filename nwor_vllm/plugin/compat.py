@@ -43,6 +43,11 @@ class Feature:
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_V2_DRAFTING = "vllm.v1.worker.gpu.spec_decode"
+_V2_DEPENDENT = f"{_V2_DRAFTING}.target_dependent_ar.speculator:TargetDependentARSpeculator"
+_V2_STANDALONE = f"{_V2_DRAFTING}.standalone_ar.speculator:StandaloneARSpeculator"
+_V2_PAD = f"{_V2_DRAFTING}.multi_module_mtp.speculator:pad_trailing_draft_slots"
 
 FEATURES: tuple[Feature, ...] = (
     Feature(
@@ -88,6 +93,35 @@ FEATURES: tuple[Feature, ...] = (
             Need(f"{_PROPOSER}._get_slot_mapping", ("num_tokens", "slot_mapping")),
             Need(f"{_PROPOSER}._update_positions_dependent_metadata"),
         ),
+    ),
+    Feature(
+        "draft length on the V2 runner",
+        "worker",
+        (
+            Need(f"{_V2_RUNNER}.execute_model", ("scheduler_output",)),
+            Need(f"{_V2_RUNNER}.sample_tokens", ("grammar_output",)),
+            Need(f"{_V2_RUNNER}.take_draft_token_ids"),
+            Need(f"{_V2_DEPENDENT}.propose", ("num_speculative_tokens", "dummy_run")),
+            Need(f"{_V2_STANDALONE}.propose", ("num_speculative_tokens", "dummy_run")),
+        ),
+        Patch(f"{_V2_RUNNER}.__init__", "nwor_vllm.plugin.runner_v2:adapt"),
+    ),
+    Feature(
+        "early exit on the V2 runner",
+        "worker",
+        (
+            Need(f"{_V2_DEPENDENT}._maybe_predict_acceptance", ("logits", "idx_mapping", "draft_step")),
+            Need(f"{_V2_DEPENDENT}._generate_draft"),
+            Need(f"{_V2_DEPENDENT}._multi_step_decode"),
+            Need(f"{_V2_DEPENDENT}._fused_multi_step_decode"),
+            Need(f"{_V2_STANDALONE}._multi_step_decode"),
+            Need(f"{_V2_STANDALONE}._run_model"),
+        ),
+    ),
+    Feature(
+        "no write on reject on the V2 runner",
+        "worker",
+        (Need(_V2_PAD, ("slot_mappings", "query_start_loc", "last_token_indices", "num_reqs")),),
     ),
 )
 
@@ -198,7 +232,18 @@ def fix_cpu_expand() -> bool:
 
 def attach(output: Any, report: Any) -> Any:
     """Let `report` travel with what the runner returns for a step."""
-    carrier = getattr(output, "_model_runner_output", output)
+    carrier = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", output)
     if getattr(carrier, "req_ids", None):  # the empty output is one shared object
         carrier.nwor = report
     return output
+
+
+def v2_speculators() -> tuple[type[Any], type[Any]]:
+    """The V2 runner's autoregressive speculators: those that read the target's states, and the draft model."""
+    return resolve(_V2_DEPENDENT)[2], resolve(_V2_STANDALONE)[2]
+
+
+def v2_pad_rejected() -> Callable[..., None]:
+    """Marks the draft prefill's rows after each request's last valid token: no K/V is written for them."""
+    pad: Callable[..., None] = resolve(_V2_PAD)[2]
+    return pad

@@ -26,7 +26,7 @@ def apply(llm: Any, change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def snapshot(llm: Any) -> dict[str, Any]:
-    """Settings, counters, policy state and the numbers of every request seen, as plain JSON types."""
+    """Settings, counters, policy state and the numbers of the latest requests, as plain JSON types."""
     return _call(llm, {})
 
 
@@ -77,7 +77,7 @@ def answer(scheduler: Any, change: dict[str, Any]) -> dict[str, Any]:
         if change.get("reset"):
             counters = scheduler.nwor_counters
             scheduler.nwor_counters = type(counters)(counters.draft_row_bytes, counters.target_row_bytes)
-            scheduler.nwor_requests.clear()
+            scheduler.nwor_requests = type(scheduler.nwor_requests)()
         if "restore" in change:
             scheduler.nwor_policy.restore(change["restore"])
     except (ConfigError, KeyError, TypeError, ValueError) as error:
@@ -87,7 +87,7 @@ def answer(scheduler: Any, change: dict[str, Any]) -> dict[str, Any]:
         "counters": scheduler.nwor_counters.snapshot(),
         "policy": scheduler.nwor_policy.snapshot(),
         "policy_metrics": scheduler.nwor_policy.metrics(),
-        "requests": {i: dict(n) for i, n in scheduler.nwor_requests.items()},
+        "requests": scheduler.nwor_requests.snapshot(),
     }
 
 

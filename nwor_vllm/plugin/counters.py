@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nwor_vllm.plugin.messages import DraftReport
-from nwor_vllm.policy import Step
+from nwor_vllm.policy import Round, Step
 
 
 @dataclass
@@ -33,15 +34,15 @@ class Counters:
     accepted_per_position: list[int] = field(default_factory=list)
     verified_per_position: list[int] = field(default_factory=list)
 
-    def report(self, report: DraftReport, skipped_rows: int) -> None:
+    def report(self, report: DraftReport, skipped_rows: int, caps: Mapping[str, int]) -> None:
         """A drafting; `skipped_rows` target rows will not be verified because of it."""
         self.draft_forwards += report.forwards
         self.draft_forwards_saved += max(report.k - report.forwards, 0)
         self.draft_rows_written += report.rows_written
         self.draft_rows_avoided += report.rows_avoided
         self.target_rows_avoided += skipped_rows
-        for length in report.lengths.values():
-            self.stopped_by_confidence += report.k - length
+        for request_id, length in report.lengths.items():
+            self.stopped_by_confidence += max(min(report.k, caps.get(request_id, report.k)) - length, 0)
 
     def step(self, step: Step) -> None:
         self.steps += 1
@@ -77,6 +78,26 @@ class Counters:
             "verified_per_position": list(self.verified_per_position),
             "accepted_per_position": list(self.accepted_per_position),
         }
+
+
+class RequestCounts:
+    """What the latest requests drafted and kept. Bounded: a server sees requests without end."""
+
+    KEPT = 4096
+
+    def __init__(self) -> None:
+        self.requests: OrderedDict[str, list[int]] = OrderedDict()  # rounds, drafted, verified, accepted
+
+    def add(self, r: Round) -> None:
+        counts = self.requests.setdefault(r.request_id, [0, 0, 0, 0])
+        for index, n in enumerate((1, r.drafted, r.verified, r.accepted)):
+            counts[index] += n
+        if len(self.requests) > self.KEPT:
+            self.requests.popitem(last=False)
+
+    def snapshot(self) -> dict[str, dict[str, int]]:
+        names = ("rounds", "drafted", "verified", "accepted")
+        return {i: dict(zip(names, counts, strict=True)) for i, counts in self.requests.items()}
 
 
 def _count(per_position: list[int], length: int) -> None:

@@ -65,7 +65,7 @@ class ElasticProposer(_StockProposer):  # type: ignore[misc]
             rows = len(now.ids)
             written = rows
             if now.pads and now.may_stop:
-                dead = ~now.alive
+                dead = now.stopped()
                 self._slot_mapping_buffer[:rows].masked_fill_(dead.to(self.device), PAD)
                 written = rows - int(dead.sum())
             now.rows_written += written

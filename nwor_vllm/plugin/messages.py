@@ -17,6 +17,7 @@ class Orders:
 
     stop: StopRule = NO_RULE
     caps: Mapping[str, int] = field(default_factory=dict)
+    bias: Mapping[str, float] = field(default_factory=dict)  # on the log-odds of a request's calibrated confidences
     observe: bool = False  # report confidences even where nothing can stop
 
 
@@ -26,8 +27,8 @@ class DraftReport:
 
     k: int
     forwards: int  # draft forwards really run, the draft prefill included
-    lengths: Mapping[str, int] = field(default_factory=dict)  # draft tokens kept, by request; absent = k
-    confidence: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of the kept tokens and the one cut
+    lengths: Mapping[str, int] = field(default_factory=dict)  # draft tokens kept, by request that drafts
+    confidence: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of the tokens drafted for the request
     rows_written: int = 0  # draft-layer KV rows, per layer
     rows_avoided: int = 0
     cut: Mapping[str, int] = field(default_factory=dict)  # placeholders of THIS step that the worker did not verify

@@ -12,9 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from nwor_vllm.config import NworConfig, load
+from nwor_vllm.kernels import StopState
 from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.draft_round import DraftRound
 from nwor_vllm.plugin.drafter_v1 import elastic
@@ -27,6 +26,7 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     nwor_config: NworConfig
     nwor_trims: bool  # asynchronous steps can be trimmed in the worker
     nwor_pads: bool
+    nwor_state: StopState
     nwor_last: DraftReport | None = None
     nwor_lengths: dict[str, int]  # draft tokens each request kept, where that is fewer than its placeholders
     nwor_cut: dict[str, int]
@@ -41,16 +41,15 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         # Grammar bitmasks are laid out for the placeholders, before the worker can trim them.
         whole = [held and self._nwor_structured(i) for i in ids]
         dead = self.discard_request_mask.np[: len(ids)].tolist()
-        now = self.drafter.nwor = DraftRound(ids, k, orders, dead, whole, self.nwor_pads)
+        now = self.drafter.nwor = DraftRound(ids, k, orders, self.nwor_state, dead, whole, self.nwor_pads)
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
         report = now.report()
         self.nwor_lengths = {}
         if now.tokens:
-            self.nwor_lengths = dict(report.lengths)
-            if not held and isinstance(drafts, torch.Tensor):
-                drafts = [row[:n] for row, n in zip(drafts.tolist(), report.lengths.values(), strict=True)]
-        else:
-            report = dataclasses.replace(report, lengths={})
+            if held:
+                self.nwor_lengths = dict(report.lengths)
+            else:
+                drafts = [row[:n] for row, n in zip(drafts.tolist(), now.lengths(), strict=True)]
         self.nwor_last = report
         self.nwor_rows[0] += report.rows_written
         self.nwor_rows[1] += report.rows_avoided
@@ -123,6 +122,8 @@ def adopt(runner: Any) -> None:
     runner.nwor_config = config
     runner.nwor_trims = compat.has("trimming under asynchronous scheduling on the V1 runner")
     runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")
+    k_max = runner.speculative_config.num_speculative_tokens
+    runner.nwor_state = StopState.create(runner.max_num_reqs, k_max, runner.device)
     runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
 
 

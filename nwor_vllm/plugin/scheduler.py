@@ -19,9 +19,9 @@ from nwor_vllm.config import NworConfig, load
 from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.configure import ladder_of
 from nwor_vllm.plugin.control import answer, serve_control
-from nwor_vllm.plugin.counters import Counters
+from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.kv_bytes import row_bytes
-from nwor_vllm.plugin.messages import DraftReport, Orders, report_of
+from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of, report_of
 from nwor_vllm.policy import Plan, Policy, Round, Step, StopRule, make_policy
 
 _StockScheduler: Any = object  # the vLLM class that stands behind the mixin
@@ -58,7 +58,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_counters = Counters(*row_bytes(self.kv_cache_config, self.vllm_config))
         self.nwor_plan = Plan(self.nwor_k_max)
         self.nwor_drafted: dict[str, _Drafted] = {}
-        self.nwor_requests: dict[str, dict[str, int]] = {}
+        self.nwor_requests = RequestCounts()
         self.nwor_rounds: list[Round] = []
         self.nwor_started = self.nwor_ended = time.perf_counter()
         self.nwor_busy = False
@@ -85,7 +85,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             min_survival=max(stop.min_survival, exits.min_survival),
         )
         caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
-        return Orders(stop, caps, observe=self.nwor_config.policy not in ("fixed", "off"))
+        return Orders(stop, caps, self.nwor_plan.bias, observe=self.nwor_config.policy not in ("fixed", "off"))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()
@@ -130,11 +130,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 draft.confidence if draft else (),
             )
         )
-        totals = self.nwor_requests.setdefault(request_id, {"rounds": 0, "drafted": 0, "verified": 0, "accepted": 0})
-        totals["rounds"] += 1
-        totals["drafted"] += self.nwor_rounds[-1].drafted
-        totals["verified"] += verified
-        totals["accepted"] += accepted
+        self.nwor_requests.add(self.nwor_rounds[-1])
         return super().make_spec_decoding_stats(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -177,9 +173,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_policy.observe(measured)
         self.nwor_counters.step(measured)
         if report is not None:
-            self.nwor_take(report)
+            self.nwor_take(report, orders_of(step).caps)
 
-    def nwor_take(self, report: DraftReport) -> None:
+    def nwor_take(self, report: DraftReport, caps: Mapping[str, int]) -> None:
         """The drafts that the next step verifies."""
         self.nwor_drafted = {}
         skipped = 0
@@ -188,7 +184,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 confidence = report.confidence.get(request_id, ())
                 self.nwor_drafted[request_id] = _Drafted(max(length, len(confidence)), confidence)
                 skipped += report.k - length
-        self.nwor_counters.report(report, skipped)
+        self.nwor_counters.report(report, skipped, caps)
 
     def nwor_control(self, change: dict[str, Any]) -> dict[str, Any]:
         return answer(self, change)
