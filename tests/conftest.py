@@ -1,4 +1,4 @@
-"""What every test shares: the settings engines run under on a small machine, and the refusal to pass with nothing run."""
+"""What every test shares: the engines' settings on a small machine, and the refusal to pass with nothing run."""
 
 from __future__ import annotations
 
