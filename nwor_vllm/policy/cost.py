@@ -1,10 +1,10 @@
 """What a step takes: learnt online from step times, believed only where it was seen, monotone in what is asked of it.
 
-seconds = w . (1, requests, verified tokens, draft steps, draft steps x requests, any draft at all, context) with w >=
-0, times a correction per size bucket of the verified tokens (graph padding and tile sizes make real costs step, not
-slope). Directions that the traffic does not excite stay at the prior (fixed draft lengths at one batch size cannot
-tell verification from drafting; a ridge can). Residuals are clipped, so that a suspended machine is one bounded
-mistake.
+seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, hinges of the verified tokens)
+with w >= 0, so monotone, and convex in the tokens as rooflines are; times a correction per size bucket of the verified
+tokens (graph padding and tile sizes make real costs step, not slope). Directions that the traffic does not excite stay at
+the prior (one draft length at one batch size cannot tell verification from drafting; a ridge can). Residuals are clipped,
+so that a suspended machine is one bounded mistake.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from operator import mul
 from typing import Any
 
 import numpy as np
 
 from nwor_vllm.policy.stop import Floats
 
+HINGES = np.array([0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0])  # verified tokens from which another slope may add up
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
-PRIOR_SHARES = np.array([1.0, 0.004, 0.003, 0.08, 0.0005, 0.02, 0.001])
+PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.0005, 0.02, 0.001, 0.003, *[0.0005] * (len(HINGES) - 1)])
+SIZE = len(PRIOR_SHARES)
+DRAFT, DRAFT_REQUEST, TOKENS = 2, 3, 6  # places in the vectors
 PRIOR_STRENGTH = 1.0  # the prior's standard deviation is the weight itself over this
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
@@ -33,10 +37,10 @@ BUCKET_PRIOR = 16.0
 class Cost:
     def __init__(self, memory: float = MEMORY) -> None:
         self.keep = math.exp(-1.0 / memory)
-        self.weights: Floats = np.zeros(7)
-        self.prior: Floats = np.zeros(7)
-        self.moment: Floats = np.zeros((7, 7))
-        self.target: Floats = np.zeros(7)
+        self.weights: Floats = np.zeros(SIZE)
+        self.prior: Floats = np.zeros(SIZE)
+        self.moment: Floats = np.zeros((SIZE, SIZE))
+        self.target: Floats = np.zeros(SIZE)
         self.bucket: Floats = np.zeros((2, BUCKETS))  # sum of log ratios, count
         self.correction: Floats = np.ones(BUCKETS)
         self.seen = 0
@@ -48,9 +52,10 @@ class Cost:
         return self.seen > 0
 
     def features(self, requests: float, verified: Floats, steps: Floats, context: float) -> Floats:
-        x = np.empty((len(verified), 7))
-        x[:, 0], x[:, 1], x[:, 2], x[:, 3] = 1.0, requests, verified, steps
-        x[:, 4], x[:, 5], x[:, 6] = steps * requests, steps > 0, context / 1024.0
+        x = np.empty((len(verified), SIZE))
+        x[:, 0], x[:, 1], x[:, DRAFT], x[:, DRAFT_REQUEST] = 1.0, requests, steps, steps * requests
+        x[:, 4], x[:, 5] = steps > 0, context / 1024.0
+        np.maximum(verified[:, None] - HINGES, 0.0, out=x[:, TOKENS:])
         return x
 
     def predict(self, requests: float, verified: Floats, steps: Floats, context: float = 0.0) -> Floats:
@@ -63,7 +68,7 @@ class Cost:
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step."""
         w = self.weights if self.seen else PRIOR_SHARES
-        return float(w[3] + w[4] * requests)
+        return float(w[DRAFT] + w[DRAFT_REQUEST] * requests)
 
     def verify_slot(self, requests: float, tokens: float, context: float = 0.0) -> float:
         """Seconds of one more verified draft, around `tokens` of them: a slope over a tenth more, not one step."""
@@ -111,7 +116,7 @@ class Cost:
         w = self.weights.tolist()
         for _ in range(6):
             for i, row in enumerate(a):
-                rest = sum(row[j] * w[j] for j in range(7)) - row[i] * w[i]
+                rest = sum(map(mul, row, w)) - row[i] * w[i]
                 w[i] = max(0.0, (b[i] - rest) / row[i])
         if not any(w):
             w = self.prior.tolist()

@@ -190,7 +190,7 @@ class Goodput:
         if step.k > 0:
             self.survival.observe(rows, verified, accepted, soft)
             self._after_draft()
-        self._compare(step, history, verified, accepted)
+        self._compare(step, history, verified, accepted, soft)
 
     def _confidence(self, step: Step) -> Floats:
         out = np.full((len(step.rounds), self.k_max), np.nan)
@@ -222,7 +222,7 @@ class Goodput:
             self.idle = 0
             self.idle_wait = min(2 * self.idle_wait, 512)
 
-    def _compare(self, step: Step, history: Floats, verified: Ints, accepted: Ints) -> None:
+    def _compare(self, step: Step, history: Floats, verified: Ints, accepted: Ints, soft: Floats) -> None:
         """Feed the guard: realised tokens and time of this step against every rung's."""
         n = len(step.rounds)
         if step.prefill_tokens or n != step.requests or not self.cost.known:
@@ -236,7 +236,10 @@ class Goodput:
         shadow_seconds = self.cost.predict(n, n * (1.0 + rungs), rungs, step.context_tokens)
         # Kept by a fixed length: known up to the first rejection, expected beyond a cut.
         cut = (accepted == verified)[:, None] & (self._index >= verified[:, None])
-        beyond = np.cumprod(np.where(cut, history, 1.0), axis=1) * cut
+        chance = np.where(cut, history, 1.0)
+        seen = np.flatnonzero(~np.isnan(soft) & (accepted == verified))
+        chance[seen, verified[seen]] = soft[seen]  # the confidence that cut the row says what it would have kept
+        beyond = np.cumprod(chance, axis=1) * cut
         kept = (self._index < accepted[:, None]) + beyond
         gain = np.concatenate([[0.0], np.cumsum(kept.sum(axis=0))])[self._rungs]
         self.guard.observe(tokens, seconds, n + gain, shadow_seconds)

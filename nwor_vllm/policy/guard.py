@@ -43,17 +43,14 @@ class Guard:
 
     def observe(self, tokens: float, seconds: float, shadow_tokens: Floats, shadow_seconds: Floats) -> None:
         """One step of the policy, and what every fixed length would have made of it."""
-        if self.fallback >= 0:
-            self.left -= 1
-            if self.left <= 0:
-                self.fallback = -1
-                self._clear()
-            return
         k = self.keep
+        self.shadow = k * self.shadow + np.stack([shadow_tokens, shadow_seconds])
+        if self.fallback >= 0:
+            self._hold()
+            return
         self.steps += 1
         self.weight = k * self.weight + 1.0
         self.mine = k * self.mine + (tokens, seconds)
-        self.shadow = k * self.shadow + np.stack([shadow_tokens, shadow_seconds])
         mine, shadow = self.mine / self.weight, self.shadow / self.weight
         difference = tokens / mine[0] - seconds / mine[1] - shadow_tokens / shadow[0] + shadow_seconds / shadow[1]
         self.scatter = k * self.scatter + difference * difference
@@ -61,6 +58,19 @@ class Guard:
             self._judge()
             if self.steps % (8 * FIRST_HOLD) == 0 and self.steps > 4 * self.hold:
                 self.hold = max(FIRST_HOLD, self.hold // 2)
+
+    def _hold(self) -> None:
+        """Steps with the fallback still teach about shorter lengths: move down, never up, until the hold ends."""
+        self.left -= 1
+        if self.left <= 0:
+            self.fallback = -1
+            self._clear()
+            return
+        rates = self.shadow[0] / self.shadow[1]
+        here = self.ladder.index(self.fallback)
+        best = int(np.argmax(rates[: here + 1]))
+        if rates[best] > rates[here] / FLOOR:
+            self.fallback = self.ladder[best]
 
     def ratios(self) -> Floats:
         """The policy's rate over each fixed length's; ones before any step."""
