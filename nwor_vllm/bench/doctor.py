@@ -114,19 +114,16 @@ def check_imports(answers: dict[str, dict[str, Any]], devices: list[str]) -> Ite
 
 
 def check_hooks(answer: dict[str, Any]) -> Iterator[Check]:
-    """`hooks` maps each of the plugin's features to an empty string, or to why it is off on this vLLM."""
+    """One line for each of the plugin's features: whether this vLLM has what it hooks into."""
+    todo = "vLLM 0.32 and 0.33 have every hook"
     if not answer["ok"]:
-        yield Check("hooks", MISSING, answer["error"], "install vLLM 0.32 or 0.33")
+        yield Check("hooks", MISSING, answer["error"], todo)
         return
-    hooks: dict[str, str] = answer["hooks"]
-    works = sorted(name for name, reason in hooks.items() if not reason)
-    for name, reason in sorted(hooks.items()):
-        if reason:
-            yield Check("hooks", WARN, f"{name} is off: {reason}", "vLLM 0.32 and 0.33 have every hook")
-    if works:
-        yield Check("hooks", OK, "work here: " + ", ".join(works))
-    else:
-        yield Check("hooks", MISSING, "none works on this vLLM", "install vLLM 0.32 or 0.33")
+    rows: list[tuple[str, str, bool, str]] = answer["hooks"]
+    for _stage, feature, works, why in rows:
+        yield Check("hook", OK, feature) if works else Check("hook", WARN, f"{feature} is off: {why}", todo)
+    if not any(works for _, _, works, _ in rows):
+        yield Check("hooks", MISSING, "the plugin can do nothing on this vLLM", todo)
 
 
 def check_devices(devices: list[str]) -> Check:

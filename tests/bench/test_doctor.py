@@ -73,6 +73,15 @@ def test_torch_that_sees_no_gpu_is_noticed() -> None:
     assert [state(c) for c in doctor.check_imports(answers, ["H200"])] == ["missing", "missing", "missing"]
 
 
+def test_hooks_that_are_off_say_why() -> None:
+    works, off = ["engine", "draft length", True, ""], ["worker", "early exit", False, "vllm:x is missing"]
+    checks = list(doctor.check_hooks({"ok": True, "hooks": [works, off]}))
+    assert [state(c) for c in checks] == ["ok", "warn"]
+    assert "early exit is off: vllm:x is missing" in checks[1].line()
+    assert [state(c) for c in doctor.check_hooks({"ok": True, "hooks": [off]})] == ["warn", "missing"]
+    assert [state(c) for c in doctor.check_hooks({"ok": False, "error": "ImportError: no"})] == ["missing"]
+
+
 def test_openmp_matters_on_a_cpu_only(tmp_path: Path) -> None:
     library = tmp_path / "lib" / "libiomp5.so"
     assert state(doctor.check_openmp([], {}, tmp_path)) == "warn"
@@ -131,5 +140,4 @@ def test_doctor_is_content_with_the_environment_of_the_gate() -> None:
     answer = json.loads(done.stdout)
     assert answer["ok"], [check for check in answer["checks"] if check["state"] == "missing"]
     assert done.returncode == 0
-    hooks = [check for check in answer["checks"] if check["name"] == "hooks"]
-    assert any(check["state"] == "ok" for check in hooks)
+    assert "ok" in {check["state"] for check in answer["checks"] if check["name"] == "hook"}
