@@ -35,7 +35,7 @@ class Patch:
 @dataclass(frozen=True)
 class Feature:
     name: str
-    stage: str  # "register": every process; "engine": where the scheduler lives; "worker"
+    stage: str  # "register": every process; "engine": where the scheduler lives; "worker"; "worker_v2"
     needs: tuple[Need, ...] = ()
     patch: Patch | None = None
 
@@ -96,7 +96,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "draft length on the V2 runner",
-        "worker",
+        "worker_v2",
         (
             Need(f"{_V2_RUNNER}.execute_model", ("scheduler_output",)),
             Need(f"{_V2_RUNNER}.sample_tokens", ("grammar_output",)),
@@ -108,7 +108,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "early exit on the V2 runner",
-        "worker",
+        "worker_v2",
         (
             Need(f"{_V2_DEPENDENT}._maybe_predict_acceptance", ("logits", "idx_mapping", "draft_step")),
             Need(f"{_V2_DEPENDENT}._generate_draft"),
@@ -120,7 +120,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "no write on reject on the V2 runner",
-        "worker",
+        "worker_v2",
         (Need(_V2_PAD, ("slot_mappings", "query_start_loc", "last_token_indices", "num_reqs")),),
     ),
 )
@@ -236,6 +236,11 @@ def attach(output: Any, report: Any) -> Any:
     if getattr(carrier, "req_ids", None):  # the empty output is one shared object
         carrier.nwor = report
     return output
+
+
+def apply_to_v2_runner() -> None:
+    """The V2 stage, once its runner is imported: an engine on the V1 runner never loads it."""
+    lazy.when_imported(_V2_RUNNER.split(":")[0], lambda module: apply("worker_v2"))
 
 
 def v2_speculators() -> tuple[type[Any], type[Any]]:

@@ -10,74 +10,83 @@ length  only K.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nwor_vllm.plugin.v2_draft import NO_RULE, DraftReport, Drafts, DraftStopped
-from nwor_vllm.policy.base import StopRule
+from nwor_vllm.plugin.messages import NO_ORDERS, DraftReport, Orders
+from nwor_vllm.plugin.v2_round import DraftRound
 
-_StockSpeculator: Any = object  # the vLLM class that `elastic` puts behind the mixin
+_StockSpeculator: Any = abc.ABC  # stands for the vLLM class that `elastic` puts behind the mixin
 
 
-@dataclasses.dataclass
-class DraftPlan:
-    """What the coming `propose` may do; written before every step."""
-
-    rule: StopRule = NO_RULE
-    caps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+class DraftStopped(Exception):
+    """Nobody needs another draft token: leave the loop."""
 
 
 class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
     """What autoregressive speculators share."""
 
-    def nwor_attach(self, *, asynchronous: bool, pads: bool, pad_rejected: Callable[..., None]) -> None:
-        self.nwor = Drafts(self.max_num_reqs, self.num_speculative_steps, self.device)
-        self.nwor_plan = DraftPlan()
-        self.nwor_async = asynchronous
+    def nwor_attach(self, *, pads: bool, pad_rejected: Callable[..., None] | None, exits: bool) -> None:
+        self.nwor = DraftRound(self.max_num_reqs, self.num_speculative_steps, self.device)
+        self.nwor_orders: Orders = NO_ORDERS
+        self.nwor_async = bool(self.scheduler_config.async_scheduling)
         self.nwor_pads = pads
-        self.nwor_pad_rejected = pad_rejected
-        self.nwor_mode = "exact"
-        self.nwor_stops = False  # whether this round's lengths will be honoured: only then may rows be left undrafted
-        self.nwor_round: Callable[[], DraftReport] | None = None
-        self.nwor_rejected_rows = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.nwor_pad_rejected = pad_rejected if pads else None
+        self.nwor_exits = exits
+        self.nwor_most: int = self.num_speculative_steps
+        self.nwor_mode = "length"
+        self.nwor_stops = False  # this round's lengths will be honoured: only then may rows be left undrafted
+        self.nwor_may_stop = False
+        self.nwor_pending: Callable[[], DraftReport] | None = None  # the last round, not yet read from the device
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
         manager = getattr(self, "decode_cudagraph_manager", None)
-        self.nwor_mode = self._nwor_resolve_mode(graphs=bool(manager is not None and manager.cudagraph_mode))
+        self.nwor_mode = self.nwor_resolve(graphs=manager is not None and bool(manager.cudagraph_mode))
 
-    def _nwor_resolve_mode(self, graphs: bool) -> str:
+    def nwor_resolve(self, graphs: bool) -> str:
         if self.enable_adaptive_verification:
             return "native"
         parallel = self.vllm_config.parallel_config
-        one_stage = parallel.pipeline_parallel_size == 1 and self.dp_size == 1 and self.pcp_manager is None
-        if self.use_local_argmax_reduction or self.draft_watermarker is not None or not one_stage:
+        alone = parallel.pipeline_parallel_size == 1 and self.dp_size == 1 and self.pcp_manager is None
+        if not (self.nwor_exits and alone) or self.use_local_argmax_reduction or self.draft_watermarker is not None:
             return "length"
         return "length" if self.nwor_async and graphs else "exact"
 
-    def nwor_begin(self, input_batch: Any, num_sampled: Any, num_rejected: Any, k: int) -> None:
-        plan, ids = self.nwor_plan, input_batch.req_ids
-        may_stop = plan.rule.active or input_batch.has_prefill or any(plan.caps.get(i, k) < k for i in ids)
-        # Grammar bitmasks are laid out for the scheduled drafts before the worker can trim them.
-        held = self.nwor_async and (input_batch.has_structured_output_reqs or not may_stop)
-        self.nwor_stops = self.nwor_mode == "exact" and not held
-        self.nwor.begin(ids, k, plan.rule, plan.caps, num_sampled, num_rejected)
-        self.nwor_may_stop = self.nwor_stops and may_stop
+    def nwor_k(self, kwargs: dict[str, Any]) -> int:
+        k = kwargs.get("num_speculative_tokens")
+        return int(self.nwor_most if k is None else k)
 
-    def nwor_end(self, prefill_rows: int, steps_run: int) -> None:
-        drafts = self.nwor
-        drafts.live = False
+    def nwor_begin(self, batch: Any, num_sampled: torch.Tensor, num_rejected: torch.Tensor, k: int) -> None:
+        orders, ids = self.nwor_orders, batch.req_ids
+        capped = any(orders.caps.get(i, k) < k for i in ids)
+        may_stop = orders.stop.active or capped or batch.has_prefill
+        # Grammar bitmasks are laid out for the placeholders, before the worker can trim them.
+        held = self.nwor_async and (batch.has_structured_output_reqs or not (may_stop or orders.observe))
+        self.nwor_stops = self.nwor_mode == "exact" and not held
+        self.nwor_may_stop = self.nwor_stops and may_stop
+        self.nwor.begin(ids, k, orders, num_sampled, num_rejected)
+
+    def nwor_end(self, forwards: int, prefill_rows: int) -> None:
+        now = self.nwor
+        now.live = False
         if self.nwor_stops:
-            self.nwor_round = functools.partial(
-                drafts.report, steps_run=steps_run, prefill_rows=prefill_rows, pads=self.nwor_pads
+            self.nwor_pending = functools.partial(
+                now.report, forwards=forwards, prefill_rows=prefill_rows, pads=self.nwor_pads
             )
         else:
-            rows = prefill_rows + len(drafts.ids) * (steps_run - 1)
-            self.nwor_round = functools.partial(DraftReport, drafts.k, steps_run, rows_written=rows)
+            rows = prefill_rows + len(now.ids) * (forwards - 1)
+            self.nwor_pending = functools.partial(DraftReport, now.k, forwards, rows_written=rows)
+
+    def nwor_settle(self) -> DraftReport | None:
+        """Read the last round, once. Waits for the device where a draft could have stopped."""
+        pending, self.nwor_pending = self.nwor_pending, None
+        return pending() if pending is not None else None
 
     def nwor_check(self) -> None:
         """Before a draft forward beyond the first."""
@@ -93,7 +102,8 @@ class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
         super()._maybe_predict_acceptance(logits, idx_mapping, draft_step)
         if self.nwor_mode != "exact" or (self.nwor.live and not self.nwor_stops):
             return
-        alive = self.nwor.score(logits, draft_step)
+        temperature = None if self.draft_logits is None else self.temperature[idx_mapping]
+        alive = self.nwor.score(logits, draft_step, temperature)
         if self.nwor_pads:
             # vLLM's own mark for a row that the drafter must not act on: no K/V write, no cached draft logits.
             self.idx_mapping[: alive.shape[0]].masked_fill_(~alive, -1)
@@ -117,29 +127,29 @@ class ElasticTargetDependent(ElasticDrafter):
         inputs = (input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states)
         if kwargs.get("dummy_run"):
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
-        k, n = kwargs.get("num_speculative_tokens", self.num_speculative_steps), input_batch.num_reqs
+        n, k = input_batch.num_reqs, self.nwor_k(kwargs)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
-        if self.nwor_pads:
+        if self.nwor_pad_rejected is not None:
             # The target has read its slots; what is left of them serves the draft prefill only.
             last = input_batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
             self.nwor_pad_rejected(self.block_tables.slot_mappings, input_batch.query_start_loc, last, n)
-        self.nwor_steps = max(k, 1)
+        self.nwor_forwards = max(k, 1)
         try:
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
         finally:
-            self.nwor_end(input_batch.num_tokens, self.nwor_steps)
+            self.nwor_end(self.nwor_forwards, input_batch.num_tokens)
 
     def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
-        self._nwor_loop(super()._multi_step_decode, args, kwargs)
+        self.nwor_loop(super()._multi_step_decode, args, kwargs)
 
     def _fused_multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
-        self._nwor_loop(super()._fused_multi_step_decode, args, kwargs)
+        self.nwor_loop(super()._fused_multi_step_decode, args, kwargs)
 
-    def _nwor_loop(self, loop: Callable[..., None], args: Any, kwargs: Any) -> None:
+    def nwor_loop(self, loop: Callable[..., None], args: Any, kwargs: Any) -> None:
         try:
             loop(*args, **kwargs)
         except DraftStopped:
-            self.nwor_steps = 1 + self.nwor.forwards
+            self.nwor_forwards = 1 + self.nwor.forwards
 
     def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
         if self.nwor.live:  # not while graphs are captured or warmed up
@@ -166,8 +176,7 @@ class ElasticStandalone(ElasticDrafter):
         rest = (attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected, *args)
         if kwargs.get("dummy_run"):
             return super().propose(input_batch, *rest, **kwargs)
-        most, n = self.num_speculative_steps, input_batch.num_reqs
-        k = kwargs.get("num_speculative_tokens", most)
+        n, k = input_batch.num_reqs, self.nwor_k(kwargs)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
         # The draft loop reads the batch's own mapping; give it the static one, where stopped rows are marked.
         self.idx_mapping[:n].copy_(input_batch.idx_mapping)
@@ -176,8 +185,8 @@ class ElasticStandalone(ElasticDrafter):
         try:
             super().propose(batch, *rest, **kwargs)
         finally:
-            self.num_speculative_steps = most
-            self.nwor_end(input_batch.num_tokens + n, self.nwor.forwards)
+            self.num_speculative_steps = self.nwor_most
+            self.nwor_end(self.nwor.forwards, input_batch.num_tokens + n)
         return self.draft_tokens[:n]
 
     def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
@@ -187,14 +196,14 @@ class ElasticStandalone(ElasticDrafter):
             return
 
     def _run_model(self, *args: Any, **kwargs: Any) -> Any:
-        drafts = self.nwor
-        if drafts.live:
-            if drafts.forwards:
+        now = self.nwor
+        if now.live:
+            if now.forwards:
                 self.nwor_check()
-            elif self.nwor_pads:
+            elif self.nwor_pad_rejected is not None:
                 rows = self.expanded_slot_mappings, self.input_buffers.query_start_loc, self.last_token_indices
-                self.nwor_pad_rejected(*rows, len(drafts.ids))
-            drafts.forwards += 1
+                self.nwor_pad_rejected(*rows, len(now.ids))
+            now.forwards += 1
         return super()._run_model(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from nwor_vllm.plugin import compat
 
 compat.apply("worker")
+compat.apply_to_v2_runner()
 
 
 class ElasticWorker:
