@@ -15,6 +15,8 @@ from nwor_vllm.errors import NworError, unknown_key
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nwor_vllm.bench.doctor", "say what works on this machine, and what to do where it does not"),
+    "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
+    "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
     "zoo": ("nwor_vllm.zoo.cli", "the embedded pair: build, path, list, prompts; scripted pairs of any shape"),
 }
 

@@ -167,7 +167,7 @@ def load(path: Path, profile: str, overrides: Mapping[str, Any] | None = None, s
     if seeds < 1 or len(points) * seeds > MAX_CELLS:
         raise ConfigError(f"{path}: {len(points)} runs times {seeds} seeds; expected 1..{MAX_CELLS} cells")
     settings = [{**point, **chosen} for point in points]
-    seats = max((s["requests"] for s in settings if type(s.get("requests")) is int), default=1)
+    seats = max((s["requests"] for s in settings if type(s.get("requests")) is int and s["requests"] > 0), default=1)
     cells = []
     for seed in range(seeds):
         for index, setting in enumerate(settings):

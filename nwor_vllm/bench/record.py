@@ -18,6 +18,7 @@ from nwor_vllm.errors import CorruptFileError, MissingError
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).parent / "schema" / "record.schema.json"
+UNREADABLE = (CorruptFileError, MissingError)
 MAX_ATTEMPTS = 3  # a run that failed this often waits for --retry-failed
 
 
@@ -62,7 +63,7 @@ class Ncu(Measured):
     status: Literal["ok", "not_requested", "unavailable", "denied", "timeout", "empty", "failed", "contradiction"]
     reason: str = ""
     window: str = ""  # what was profiled
-    kernels: int | None
+    kernels: int | None  # that were profiled
     store_bytes: float | None  # sectors the kernels wrote to L2, times 32
     dram_bytes: float | None  # DRAM writes of the window
     logical_bytes: float | None  # K/V rows our counters say were written
@@ -99,8 +100,10 @@ class Mode(Measured):
     tokens_trimmed_by_survival: int | None
     draft_forwards: int | None
     k_histogram: dict[str, int] | None
-    kv_bytes_written: int | None
-    kv_bytes_avoided: int | None
+    draft_kv_bytes_written: int | None  # logical: rows times the bytes of a row over all layers
+    draft_kv_bytes_avoided: int | None
+    target_kv_bytes_written: int | None
+    target_kv_bytes_avoided: int | None
     cost_model_error: float | None  # median |predicted - measured| / measured of a step
     ncu_metrics: dict[str, float] | None
     ncu: Ncu

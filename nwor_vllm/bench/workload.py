@@ -129,6 +129,6 @@ def _row(data: Any, where: str, fallback: str) -> tuple[str, str, str]:
 def _first_human(turns: Any, where: str) -> Any:
     if isinstance(turns, list):
         for turn in turns:
-            if isinstance(turn, dict) and turn.get("from") in HUMAN:
+            if isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in HUMAN:
                 return turn.get("value")
     raise ConfigError(f"{where}: neither `prompt` nor a human turn in `conversations`")

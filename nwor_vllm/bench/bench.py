@@ -1,0 +1,148 @@
+"""`nwor bench`: run what a grid still lacks: all of it, one engine group, or the runs named by --only."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from nwor_vllm.bench import plan, record
+from nwor_vllm.bench.measure import Session, run_group
+from nwor_vllm.bench.metrics import Objective
+from nwor_vllm.bench.ncu import profile
+from nwor_vllm.bench.plan import Planned
+from nwor_vllm.bench.provenance import REPRODUCIBLE
+from nwor_vllm.errors import NworError
+
+HEARTBEAT_S = 60.0
+
+
+class Busy(NworError):
+    """Another process works on the same grid."""
+
+    exit_code = 75
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    plan.add_grid_flags(parser)
+    parser.add_argument("--group", help="only this engine group (as `nwor plan --groups` prints them)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    parser.add_argument("--ttft-ms", type=float, help="objective for goodput: time to first token")
+    parser.add_argument("--tpot-ms", type=float, help="objective for goodput: time per output token")
+    parser.add_argument("--wait", action="store_true", help="wait while another process works on this grid")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+@contextmanager
+def heartbeat(estimate_s: float | None, every_s: float = HEARTBEAT_S) -> Iterator[None]:
+    """A line a minute: a silent log and a hung run look alike."""
+    started, stop = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(every_s):
+            elapsed = time.monotonic() - started
+            left = "" if estimate_s is None else f", about {max(estimate_s - elapsed, 0) / 60:.1f} min left"
+            say(f"still running after {elapsed / 60:.1f} min{left}")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def locked(out: Path, wait: bool) -> Iterator[None]:
+    """One process a grid. The kernel frees the lock when its holder dies, however it dies."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise Busy(f"{out} is being worked on by another process; wait for it, or use --wait") from None
+            say(f"{out} is being worked on by another process: waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sweep_temporaries(out: Path) -> None:
+    """Of a process that was killed; whoever holds the lock knows that nobody writes now."""
+    for left in out.rglob("*.partial"):
+        left.unlink()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run(args: argparse.Namespace) -> int:
+    grid, out = plan.resolve(args, os.environ)
+    limit = 10**9 if args.retry_failed else record.MAX_ATTEMPTS
+    planned = plan.examine_all(grid, out, args.only, limit)
+    if args.dry_run:
+        for item in _chosen(planned, args.group):
+            say(f"would run {item.cell.file} ({item.why})")
+        return 0
+    with locked(out, args.wait):
+        sweep_temporaries(out)
+        # Again, under the lock: while we waited, another process may have finished them.
+        planned = plan.examine_all(grid, out, args.only, limit)
+        chosen = _chosen(planned, args.group)
+        if not chosen:
+            say(f"{grid.name}: nothing to run, {sum(p.state == 'done' for p in planned)} of {len(planned)} done")
+            return _exhausted(planned, args.group)
+        seconds = plan.estimate_s(planned)
+        say(f"{grid.name}: {len(chosen)} runs" + ("" if seconds is None else f", about {seconds / 60:.1f} min"))
+        with heartbeat(seconds):
+            failed = _run(chosen, args, out)
+    for item in failed:
+        print(f"nwor: failed: {item.path}", file=sys.stderr)
+    return 1 if failed else _exhausted(planned, args.group)
+
+
+def _chosen(planned: list[Planned], group: str | None) -> list[Planned]:
+    return [p for p in planned if p.runnable and group in (None, p.cell.engine.group)]
+
+
+def _exhausted(planned: list[Planned], group: str | None) -> int:
+    over = [p for p in planned if p.state == "exhausted" and group in (None, p.cell.engine.group)]
+    for item in over:
+        print(f"nwor: given up: {item.path} ({item.why}); --retry-failed tries again", file=sys.stderr)
+    return 1 if over else 0
+
+
+def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Planned]:
+    from nwor_vllm.bench.backends.engine import open_engine
+
+    for name, value in REPRODUCIBLE.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, _interrupt)
+    session = Session(
+        open_engine=open_engine,
+        profile=lambda cell: profile.run(cell, out / cell.id, os.environ, say),
+        objective=Objective(*(None if ms is None else ms / 1000 for ms in (args.ttft_ms, args.tpot_ms))),
+        say=say,
+        environ=os.environ,
+    )
+    groups: dict[str, list[Planned]] = {}
+    for item in chosen:
+        groups.setdefault(item.cell.engine.group, []).append(item)
+    failed: list[Planned] = []
+    for number, (name, members) in enumerate(groups.items(), 1):
+        say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs")
+        failed += run_group(members, session)
+    return failed

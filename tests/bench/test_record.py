@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nwor_vllm.bench import record
+from nwor_vllm.errors import CorruptFileError
+
+FROZEN = [
+    "latency_avg_s", "latency_p50_s", "spec_num_draft_tokens", "spec_acceptance_ratio", "tokens_stopped_by_confidence",
+    "throughput_tok_s", "draft_forwards", "k_histogram", "target_kv_bytes_written",
+]  # fmt: skip
+
+
+@pytest.fixture
+def path(finished: Path) -> Path:
+    return finished / "sweeps/early_exit_grid/run3_r36_t128_temp0.0_thresh0.5.json"
+
+
+@pytest.fixture
+def data(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_committed_schema_is_the_models(data: dict[str, Any]) -> None:
+    committed = record.SCHEMA_FILE.read_text(encoding="utf-8")
+    assert committed == record.schema_text(), "run: python -m nwor_vllm.bench.record"
+    jsonschema.validate(data, json.loads(committed))
+
+
+def jq(program: str, path: Path) -> str:
+    done = subprocess.run(["jq", "-r", program, str(path)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_frozen_paths_answer_in_jq(path: Path) -> None:
+    for name in FROZEN:
+        assert jq(f".summary.per_mode[0].{name}", path) != "null", name
+    assert jq('.summary.per_mode[0].ncu_metrics."dram__bytes_write.sum"', path) == "null"
+    assert jq(".summary.per_mode[0].ncu.status", path) == "unavailable"
+    assert jq(".summary.per_mode[0].reasons.ncu_metrics", path) == "no NVIDIA GPU on this machine"
+    assert jq(".summary.per_mode[0].mode", path) == "early_exit"
+    assert float(jq(".summary.per_mode[0].ncu.analytic_bytes", path)) > 0
+
+
+def test_ncu_paths_answer_where_it_ran(path: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    mode = data["summary"]["per_mode"][0]
+    mode["ncu_metrics"] = {
+        "dram__bytes_write.sum": 123456.0,
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed": 41.5,
+    }
+    del mode["reasons"]["ncu_metrics"]
+    written = tmp_path / "x.json"
+    record.write(record.parse(json.dumps(data), "x"), written)
+    assert jq('.summary.per_mode[0].ncu_metrics."dram__bytes_write.sum"', written) == "123456"
+    pct = '.summary.per_mode[0].ncu_metrics."dram__throughput.avg.pct_of_peak_sustained_elapsed"'
+    assert jq(pct, written) == "41.5"
+
+
+def test_reading_what_was_written_changes_nothing(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert record.to_json(record.parse(text, "x")) == text
+
+
+def edit(data: dict[str, Any], where: str, value: Any) -> str:
+    node: Any = data
+    *parents, last = where.split(".")
+    for part in parents:
+        node = node[int(part)] if part.isdigit() else node[part]
+    node[last] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("summary.per_mode.0.latency_avg_s", math.nan, "not JSON"),
+        ("summary.per_mode.0.latency_avg_s", math.inf, "not JSON"),
+        ("summary.per_mode.0.latency_avg_s", 0, "greater than 0"),
+        ("summary.per_mode.0.spec_num_draft_tokens", None, "null without a reason"),
+        ("summary.per_mode.0.reasons.latency_avg_s", "x", "which is not null"),
+        ("summary.per_mode.0.spec_acceptance_ratio", 1.5, "less than or equal to 1"),
+        ("summary.per_mode.0.mode", "fixed", "expected the subject"),
+        ("summary", None, "without a reason"),
+        ("schema_version", 2, "schema_version 2"),
+        ("schema_version", True, "schema_version True"),
+        ("surprise", 1, "unknown setting 'surprise'"),
+        ("status", "failed", "needs a failure"),
+    ],
+)
+def test_what_a_record_cannot_say(data: dict[str, Any], where: str, value: Any, says: str) -> None:
+    with pytest.raises(CorruptFileError) as caught:
+        record.parse(edit(data, where, value), "x.json")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_cannot_be_written(path: Path) -> None:
+    good = record.read(path)
+    assert good.summary is not None
+    bad = good.model_copy(update={"seconds": math.nan})
+    with pytest.raises(ValueError, match="Out of range float"):
+        record.write(bad, path.with_name("never.json"))
+    assert not path.with_name("never.json").exists()
+    assert not path.with_name("never.json.partial").exists()
+
+
+def test_a_reader_never_sees_half_a_record(path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "x.json"
+    record.write(record.read(path), target)
+    before = target.stat().st_ino
+    record.write(record.read(path), target)
+    assert target.stat().st_ino != before  # replaced whole, not rewritten in place
+    assert os.listdir(target.parent) == ["x.json"]
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    place=st.integers(0, 10**9),
+    junk=st.one_of(st.binary(max_size=6), st.just(b"null"), st.just(b"NaN"), st.just(b"-1")),
+)
+def test_damaged_records_are_refused_or_still_valid(path: Path, tmp_path: Path, place: int, junk: bytes) -> None:
+    raw = path.read_bytes()
+    at = place % len(raw)
+    damaged = tmp_path / "d.json"
+    damaged.write_bytes(raw[:at] + junk + (raw[at + len(junk) :] if place % 3 else b""))
+    try:
+        found = record.read(damaged)
+    except CorruptFileError as error:
+        assert str(error)
+        return
+    json.loads(record.to_json(found), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_jq_is_the_version_the_scripts_are_written_for() -> None:
+    assert shutil.which("jq") is not None
+    version = subprocess.run(["jq", "--version"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith(("jq-1.6", "jq-1.7", "jq-1.8"))
