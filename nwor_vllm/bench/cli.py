@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nwor_vllm.bench.doctor", "say what works on this machine, and what to do where it does not"),
     "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
+    "verify": ("nwor_vllm.bench.verify", "prove that the output is the target's own, with planted mistakes as controls"),
     "zoo": ("nwor_vllm.zoo.cli", "the embedded pair: build, path, list, prompts; scripted pairs of any shape"),
 }
 

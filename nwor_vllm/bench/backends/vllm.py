@@ -1,0 +1,131 @@
+"""Bare vLLM engines for `nwor verify`: started, asked for token ids, stopped; and the mistakes a check must notice."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nwor_vllm import kernels
+from nwor_vllm.plugin import compat, control
+from nwor_vllm.plugin.draft_round import DraftRound
+
+Tokens = tuple[int, ...]
+
+
+@contextmanager
+def engine(target: Path, speculative: Mapping[str, Any] | None, **settings: Any) -> Iterator[Any]:
+    """An `LLM` in this process, with the plugin where it speculates. Only one lives at a time."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    import vllm
+
+    compat.fix_cpu_expand()
+    if settings.get("async_scheduling"):
+        compat.allow_async_on_cpu()
+    given: dict[str, Any] = {
+        "model": str(target),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
+        "speculative_config": dict(speculative) if speculative else None,
+        "additional_config": {"nwor": {"policy": "fixed"}} if speculative else {},
+    }
+    llm = vllm.LLM(**(given | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def generate(llm: Any, prompts: Sequence[Tokens], **sampling: Any) -> list[Tokens]:
+    import vllm
+
+    params = vllm.SamplingParams(**({"detokenize": False, "ignore_eos": True} | sampling))
+    rows = [{"prompt_token_ids": list(p)} for p in prompts]
+    return [tuple(o.token_ids) for out in llm.generate(rows, params, use_tqdm=False) for o in out.outputs]
+
+
+def probabilities(llm: Any, prompts: Sequence[Tokens], vocab: int) -> list[list[float]]:
+    """The model's own distribution after each prompt, at temperature 1."""
+    import vllm
+
+    params = vllm.SamplingParams(max_tokens=1, logprobs=vocab, detokenize=False, temperature=1.0, ignore_eos=True)
+    rows = [{"prompt_token_ids": list(p)} for p in prompts]
+    found = []
+    for out in llm.generate(rows, params, use_tqdm=False):
+        given = out.outputs[0].logprobs[0]
+        logits = torch.tensor([given[t].logprob if t in given else -torch.inf for t in range(vocab)])
+        found.append(torch.softmax(logits.double(), dim=0).tolist())
+    return found
+
+
+def preemptions(llm: Any) -> int:
+    for metric in llm.get_metrics():
+        if metric.name == "vllm:num_preemptions":
+            return int(metric.value)
+    return 0
+
+
+def switch(llm: Any, rule: Mapping[str, Any]) -> None:
+    control.apply(llm, {**rule, "reset": True})
+
+
+def counters(llm: Any) -> dict[str, Any]:
+    found: dict[str, Any] = control.snapshot(llm)["counters"]
+    return found
+
+
+@contextmanager
+def keep_by_drawn_token() -> Iterator[None]:
+    """The wrong rule: a slot is kept for the probability of the token that was drawn. It biases what is sampled."""
+    right = DraftRound.score
+
+    def wrong(self: DraftRound, logits: Any, tokens: torch.Tensor, probs: Any) -> bool:
+        position = len(self.tokens)
+        self.tokens.append(tokens)
+        if probs is not None:
+            self.probs.append(probs)
+        if logits is not None and self.state is not None:
+            chance = torch.softmax(logits.float(), dim=-1).gather(1, tokens[:, None].long())[:, 0].contiguous()
+            drawn = kernels.Confidence(tokens, chance, torch.logit(chance, eps=1e-6))
+            kernels.stop(drawn, self.state, position)
+        return not bool(self.stopped().all())
+
+    DraftRound.score = wrong  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DraftRound.score = right  # type: ignore[method-assign]
+
+
+@contextmanager
+def keep_unverified() -> Iterator[None]:
+    """A lossy rule for greedy decoding: the first draft token of a round is kept without asking the target."""
+    from vllm.v1.sample import rejection_sampler
+
+    right = rejection_sampler.rejection_sample
+
+    def wrong(draft_token_ids: Any, num_draft_tokens: Any, *rest: Any, **kwargs: Any) -> Any:
+        output = right(draft_token_ids, num_draft_tokens, *rest, **kwargs)
+        row_start = 0
+        for row, n in enumerate(num_draft_tokens):
+            if n:
+                output[row, 0] = draft_token_ids[row_start]
+            row_start += n
+        return output
+
+    rejection_sampler.rejection_sample = wrong
+    try:
+        yield
+    finally:
+        rejection_sampler.rejection_sample = right
