@@ -238,6 +238,22 @@ def attach(output: Any, report: Any) -> Any:
     return output
 
 
+def allow_async_on_cpu() -> None:
+    """vLLM's CPU platform turns asynchronous scheduling off, as not required; checks need it as on a GPU."""
+    platform: Any = importlib.import_module("vllm.platforms.cpu").CpuPlatform
+    stock = platform.check_and_update_config
+    if getattr(stock, "nwor", False):
+        return
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    check_and_update_config.nwor = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = staticmethod(check_and_update_config)
+
+
 def apply_to_v2_runner() -> None:
     """The V2 stage, once its runner is imported: an engine on the V1 runner never loads it."""
     lazy.when_imported(_V2_RUNNER.split(":")[0], lambda module: apply("worker_v2"))
