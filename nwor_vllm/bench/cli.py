@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
     "verify": ("nwor_vllm.bench.verify", "prove that the output is the target's own, with planted mistakes as controls"),
+    "simulate": ("nwor_vllm.bench.simulate", "replay acceptance traces: a policy against its oracles"),
     "zoo": ("nwor_vllm.zoo.cli", "the embedded pair: build, path, list, prompts; scripted pairs of any shape"),
 }
 

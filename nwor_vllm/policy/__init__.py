@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nwor_vllm.errors import unknown_key
+from nwor_vllm.policy.acceptance import Acceptance, AcceptanceParams
 from nwor_vllm.policy.base import Plan, Policy, Round, Step, StopRule
+from nwor_vllm.policy.feedback import Feedback, FeedbackParams
 from nwor_vllm.policy.fixed import Fixed, FixedParams, Off, OffParams
 from nwor_vllm.policy.goodput import Goodput, GoodputParams
+from nwor_vllm.policy.throughput import Throughput, ThroughputParams
 
 __all__ = ["POLICIES", "Plan", "Policy", "Round", "Step", "StopRule", "default_ladder", "make_policy"]
 
@@ -23,6 +26,9 @@ class PolicyKind:
 POLICIES: dict[str, PolicyKind] = {
     "fixed": PolicyKind(FixedParams, Fixed),
     "off": PolicyKind(OffParams, Off),
+    "acceptance": PolicyKind(AcceptanceParams, Acceptance),
+    "throughput": PolicyKind(ThroughputParams, Throughput),
+    "feedback": PolicyKind(FeedbackParams, Feedback),
     "goodput": PolicyKind(GoodputParams, Goodput),
 }
 

@@ -1,10 +1,10 @@
 """What a step takes: learnt online from step times, believed only where it was seen, monotone in what is asked of it.
 
-seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, hinges of the verified tokens)
-with w >= 0, so monotone, and convex in the tokens as rooflines are; times a correction per size bucket of the verified
-tokens (graph padding and tile sizes make real costs step, not slope). Directions that the traffic does not excite stay at
-the prior (one draft length at one batch size cannot tell verification from drafting; a ridge can). Residuals are clipped,
-so that a suspended machine is one bounded mistake.
+seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, hinges of the verified
+tokens) with w >= 0, so monotone, and convex in the tokens as rooflines are; times a correction per size bucket of the
+verified tokens (graph padding and tile sizes make real costs step, not slope). Directions that the traffic does not
+excite stay at the prior (one draft length at one batch size cannot tell verification from drafting; a ridge can).
+Residuals are clipped, so that a suspended machine is one bounded mistake.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ stops by the same prices on its own calibrated confidence. See docs/policies.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -246,6 +246,10 @@ class Goodput:
         if self._last.stop and step.k == self._last.k and self.guard.fallback < 0:
             achieved = tokens * self.ratio / (seconds * self.rate)
             self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.8), 1.5)
+
+    def seed_cost(self, rows: Iterable[Sequence[float]]) -> None:
+        """Start with a stored profile's step times (`policy.profile.read(path).rows`) instead of guesses."""
+        self.cost.seed(rows)
 
     def forget(self, request_id: str) -> None:
         self.slots.forget(request_id)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import optimize
 
-from nwor_vllm.errors import CorruptFileError, MissingError, unknown_key
-
-FORMAT, VERSION = "nwor-cost", 1
+from nwor_vllm.errors import ConfigError, unknown_key
+from nwor_vllm.policy import profile
 
 
 @dataclass(frozen=True)
@@ -45,31 +43,20 @@ CURVES = {
 }
 
 
-def save(curve: Curve, rows: NDArray[np.float64], about: Mapping[str, Any], path: Path) -> None:
-    """A profile: the fitted curve and the measured rows (requests, verified, draft steps, context, seconds)."""
-    document = {"format": FORMAT, "version": VERSION, "curve": asdict(curve), "rows": rows.tolist(), "about": about}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def load(path: Path) -> tuple[Curve, NDArray[np.float64]]:
-    if not path.is_file():
-        raise MissingError(f"no cost profile at {path}; `nwor profile --cost` writes one")
-    try:
-        document = json.loads(path.read_text())
-        if document["format"] != FORMAT:
-            raise CorruptFileError(f"{path} is no cost profile: its format is {document['format']!r}, not {FORMAT!r}")
-        if document["version"] != VERSION:
-            raise CorruptFileError(
-                f"{path} is a cost profile of version {document['version']}; this reads version {VERSION}"
-            )
-        return Curve(**document["curve"]), np.array(document["rows"], float).reshape(-1, 5)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is damaged or no {FORMAT} file (version {VERSION}): {error}") from error
+def fit(rows: Sequence[Sequence[float]], name: str) -> Curve:
+    """The additive curve nearest to measured rows in relative error, no part of it negative."""
+    if len(rows) < 6:
+        raise ConfigError(f"{len(rows)} step times are too few to fit a cost curve; expected at least 6")
+    data = np.array(rows, float)
+    n, verified, steps, seconds = data[:, 0], data[:, 1], data[:, 2], data[:, 4]
+    design = np.stack([np.ones_like(n), n, verified, steps, steps * n, (steps > 0).astype(float)], axis=1)
+    weights, _ = optimize.nnls(design / seconds[:, None], np.ones(len(seconds)))
+    return Curve(name, *map(float, weights), additive=True)
 
 
 def find(name: str) -> Curve:
     if name in CURVES:
         return CURVES[name]
     if name.endswith(".json"):
-        return load(Path(name))[0]
+        return fit(profile.read(Path(name)).rows, Path(name).stem)
     raise unknown_key("cost curve", name, CURVES)
