@@ -118,7 +118,7 @@ def programs_wanted(device: torch.device) -> int:
 
 
 def split(rows: int, vocab: int, block: int, programs: int) -> tuple[int, int]:
-    """(programs per row, vocabulary entries per program): whole blocks each, and never an empty program."""
+    """(programs per row, blocks per program); no program is empty."""
     blocks = -(-vocab // block)
     wanted = max(1, min(blocks, MAX_SPLITS, programs // max(rows, 1)))
     per_program = -(-blocks // wanted)

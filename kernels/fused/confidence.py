@@ -102,7 +102,7 @@ def settle(
                     end_all(rows, step, alive_ptr, stops_ptr, 256)
 
 
-@triton.jit(do_not_specialize=["rows", "pieces", "per_piece", "vocab_start", "positions"])
+@triton.jit(do_not_specialize=["rows", "pieces", "blocks", "vocab_start", "positions"])
 def confidence_kernel(
     logits_ptr,
     mask_ptr,
@@ -133,7 +133,7 @@ def confidence_kernel(
     mask_row_stride,
     mask_stride,
     pieces,
-    per_piece,
+    blocks,
     positions,
     LANES: tl.constexpr,
     PER: tl.constexpr,
@@ -143,8 +143,9 @@ def confidence_kernel(
     row = tl.program_id(0)
     piece = tl.program_id(1)
     scale = row_scale(temp_ptr, row)
-    start = piece * per_piece
-    end = tl.minimum(start + per_piece, vocab)
+    # In whole blocks, so that the compiler knows the alignment: 128-bit loads depend on it.
+    start = piece * blocks * (LANES * PER)
+    end = tl.minimum(start + blocks * (LANES * PER), vocab)
     wide = row.to(tl.int64)
     row_mask = mask_ptr
     if mask_ptr is not None:
@@ -301,7 +302,7 @@ def _run(
 ) -> None:
     rows, vocab = logits.shape
     per = per_lane(logits)
-    pieces, per_piece = split(rows, vocab, LANES * per, programs_wanted(logits.device))
+    pieces, blocks = split(rows, vocab, LANES * per, programs_wanted(logits.device))
     space = workspace.fit(rows, logits) if workspace else workspace_for(logits, rows)
     confidence_kernel[(rows, pieces)](
         logits,
@@ -320,7 +321,7 @@ def _run(
         0 if mask is None else mask.stride(0),
         0 if mask is None else mask.stride(1),
         pieces,
-        per_piece,
+        blocks,
         state.stops.shape[0] if state else 0,
         LANES=LANES,
         PER=per,

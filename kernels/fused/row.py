@@ -20,9 +20,8 @@ def row_scale(temp_ptr, row):
     """log2(e) / T; temperature 0 counts as 1."""
     if temp_ptr is None:
         return tl.full((), LOG2E, tl.float32)
-    else:
-        t = tl.load(temp_ptr + row)
-        return LOG2E / tl.where(t == 0.0, 1.0, t)
+    t = tl.load(temp_ptr + row)
+    return LOG2E / tl.where(t == 0.0, 1.0, t)
 
 
 @triton.jit
