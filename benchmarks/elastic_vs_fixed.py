@@ -1,0 +1,275 @@
+"""The headline: elastic drafting against no speculation, every fixed draft length and vLLM's own table, on real vLLM.
+
+    python benchmarks/elastic_vs_fixed.py --target wide --workloads mixed code --concurrency 1 16 --blocks 6
+
+All arms run in one process, interleaved: a block runs every arm once on the same prompts, in an order that is reversed
+in the next block. The drafting arms share one engine and are switched live; an arm's policy goes on where it stopped.
+No speculation and vLLM's table have engines of their own, without the plugin. Requests keep `--concurrency` in flight.
+
+The best fixed length is chosen in hindsight on the very blocks it is judged by, which favours it. Results are kept cell
+by cell in --out: a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nwor_vllm import zoo
+from nwor_vllm.bench import provenance, record, stats
+from nwor_vllm.errors import ConfigError, CorruptFileError
+
+VERSION = 1
+LENGTHS = (1, 2, 3, 5, 8, 10, 15)
+LADDER = (0, *LENGTHS)
+TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
+NO_SPECULATION, BATCH_TABLE = "no_speculation", "batch_table"
+ELASTIC: dict[str, dict[str, Any]] = {
+    "acceptance_biased": {"policy": "acceptance", "policy_params": {"biased": True}},
+    "throughput": {"policy": "throughput", "policy_params": {}},
+    "goodput": {"policy": "goodput", "policy_params": {}},
+}
+SWITCH = "regime_switch"
+
+
+def arms() -> list[str]:
+    return [NO_SPECULATION, *(f"fixed_{k}" for k in LENGTHS), BATCH_TABLE, *ELASTIC]
+
+
+def setting(arm: str) -> dict[str, Any]:
+    """What the plugin's live control is told."""
+    if arm in ELASTIC:
+        return {**ELASTIC[arm], "early_exit": {"policy_rule": True}}
+    return {"policy": "fixed", "policy_params": {"k": int(arm.removeprefix("fixed_"))}}
+
+
+class Engines:
+    """Three engines in one process, and what each elastic arm has learnt so far."""
+
+    def __init__(self, target: str, drafter: str, max_num_seqs: int) -> None:
+        import vllm
+
+        common: dict[str, Any] = {
+            "model": str(zoo.path(target)), "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512,
+            "max_num_seqs": max_num_seqs, "enable_prefix_caching": False, "async_scheduling": False, "seed": 0,
+        }  # fmt: skip
+        method = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}[drafter]
+        drafts = {"method": method, "model": str(zoo.path(drafter)), "num_speculative_tokens": max(LENGTHS)}
+        self.plain = vllm.LLM(**common)
+        table = {**drafts, "num_speculative_tokens_per_batch_size": TABLE}
+        self.table = vllm.LLM(**common, speculative_config=table)
+        self.elastic = vllm.LLM(
+            **common, speculative_config=drafts, additional_config={"nwor": {"policy": "fixed", "ladder": LADDER}}
+        )
+        self.sampling = vllm.SamplingParams
+        self.tokenizer = self.plain.get_tokenizer()
+        self.learnt: dict[str, Any] = {}
+        self.current = ""
+
+    def of(self, arm: str) -> Any:
+        from nwor_vllm.plugin import control
+
+        if arm in (NO_SPECULATION, BATCH_TABLE):
+            return self.plain if arm == NO_SPECULATION else self.table
+        if arm != self.current:
+            if self.current in ELASTIC:
+                self.learnt[self.current] = control.snapshot(self.elastic)["policy"]
+            change = setting(arm)
+            if arm in self.learnt:
+                change["restore"] = self.learnt[arm]
+            control.apply(self.elastic, change)
+            self.current = arm
+        control.apply(self.elastic, {"reset": True})
+        return self.elastic
+
+    def counters(self, arm: str) -> dict[str, Any] | None:
+        from nwor_vllm.plugin import control
+
+        if arm in (NO_SPECULATION, BATCH_TABLE):
+            return None
+        found: dict[str, Any] = control.snapshot(self.elastic)["counters"]
+        return found
+
+    def forget(self) -> None:
+        """A new cell is a new server: nothing learnt is carried over."""
+        self.learnt, self.current = {}, ""
+
+
+def texts(workload: str, requests: int, seed: int) -> list[str]:
+    """Distinct prompts of one block. The regime switches from code to creative halfway."""
+    if workload == SWITCH:
+        half = requests // 2
+        rows = zoo.prompts("code", requests - half, seed) + zoo.prompts("creative", half, seed)
+    else:
+        rows = zoo.prompts("all" if workload == "mixed" else workload, requests, seed)
+    return [row["prompt"] for row in rows]
+
+
+def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurrency: int, tag: str) -> tuple[float, int]:
+    """Seconds and output tokens with `concurrency` requests in flight throughout."""
+    engine, waiting, flying, tokens = llm.llm_engine, list(enumerate(zip(prompts, params, strict=True))), 0, 0
+    waiting.reverse()
+    started = time.perf_counter()
+    while waiting or flying:
+        while waiting and flying < concurrency:
+            index, (prompt, sampling) = waiting.pop()
+            engine.add_request(f"{tag}-{index}", {"prompt_token_ids": prompt}, sampling)
+            flying += 1
+        for output in engine.step():
+            if output.finished:
+                flying -= 1
+                tokens += len(output.outputs[0].token_ids)
+    return time.perf_counter() - started, tokens
+
+
+def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """One cell: per arm, tokens per second of every block."""
+    engines.forget()
+    names, rates = arms(), {arm: [] for arm in arms()}  # type: dict[str, list[float]]
+    totals: dict[str, dict[str, Any]] = {}
+    for block in range(-1, cell["blocks"]):  # block -1 warms up
+        seed = 1000 * cell["seed"] + block + 1
+        prompts = [
+            engines.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+            for text in texts(cell["workload"], cell["requests"], seed)
+        ]
+        params = [
+            engines.sampling(temperature=cell["temperature"], max_tokens=cell["max_tokens"], seed=seed * 64 + i)
+            for i in range(len(prompts))
+        ]
+        order = names if block % 2 == 0 else names[::-1]
+        start = (block // 2) * 5 % len(order)  # no arm always follows the same one
+        for arm in [*order[start:], *order[:start]]:
+            llm = engines.of(arm)
+            seconds, tokens = run_block(llm, prompts, params, cell["concurrency"], f"{arm}-{block}")
+            if block < 0:
+                continue
+            rates[arm].append(tokens / seconds)
+            counted = engines.counters(arm)
+            if counted is not None:
+                total = totals.setdefault(arm, {})
+                for name in ("rounds", "drafted_tokens", "verified_tokens", "accepted_tokens", "draft_forwards"):
+                    total[name] = total.get(name, 0) + counted[name]
+                histogram = total.setdefault("length_histogram", {})
+                for k, n in counted["length_histogram"].items():
+                    histogram[str(k)] = histogram.get(str(k), 0) + n
+        say(f"  block {block + 1}/{cell['blocks']}")
+    return {"cell": dict(cell), "tokens_per_s": rates, "counters": totals, "summary": summarise(rates)}
+
+
+def summarise(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The best fixed length in hindsight, and every arm against it and against no speculation."""
+    fixed = [arm for arm in rates if arm.startswith("fixed_")]
+    best = max(fixed, key=lambda arm: statistics.geometric_mean(rates[arm]))
+    against: dict[str, Any] = {}
+    for arm in rates:
+        entry: dict[str, Any] = {"median_tokens_per_s": statistics.median(rates[arm])}
+        for name, other in (("best_fixed", best), (NO_SPECULATION, NO_SPECULATION)):
+            result = stats.paired_ratio(rates[arm], rates[other])
+            entry[f"over_{name}"] = {"ratio": result.ratio, "low": result.low, "high": result.high}
+        against[arm] = entry
+    return {"best_fixed": best, "arms": against}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    lines = [
+        "# Elastic against fixed draft lengths", "", f"`{results['command']}`", "",
+        "Ratios of tokens per second in paired blocks (95 % t interval on log ratios). The best fixed length is",
+        "chosen in hindsight on the same blocks.", "",
+        "| workload | T | requests | best fixed K | best fixed / none | goodput / none | goodput / best fixed "
+        "| throughput / best fixed | acceptance (biased) / best fixed | vLLM table / best fixed |",
+        "| --- " * 10 + "|",
+    ]  # fmt: skip
+    for done in results["cells"].values():
+        cell, summary = done["cell"], done["summary"]
+
+        def show(arm: str, over: str, of: Mapping[str, Any] = summary) -> str:
+            ratio = of["arms"][arm][f"over_{over}"]
+            interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f}-{ratio['high']:.2f})"
+            return f"{ratio['ratio']:.3f}{interval}"
+
+        row = [
+            cell["workload"], f"{cell['temperature']:g}", str(cell["concurrency"]),
+            summary["best_fixed"].removeprefix("fixed_"), show(summary["best_fixed"], NO_SPECULATION),
+            show("goodput", NO_SPECULATION),
+            *(show(arm, "best_fixed") for arm in ("goodput", "throughput", "acceptance_biased", BATCH_TABLE)),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
+    hardware = results["hardware"]
+    return "\n".join([*lines, "", f"Target {results['target']}, drafter {results['drafter']}; {hardware}."]) + "\n"
+
+
+def load(path: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    if not path.exists():
+        return dict(fresh)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = all(found[key] == fresh[key] for key in ("version", "target", "drafter", "table", "versions", "code"))
+    except (ValueError, KeyError):
+        raise CorruptFileError(f"{path} is not a result of this benchmark; name another --out or remove it") from None
+    if not same:
+        raise ConfigError(f"{path} was measured with other code, versions or models; name another --out or remove it")
+    return found
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [*zoo.DOMAINS, "mixed", SWITCH]
+    parser.add_argument(
+        "--target", default="target", choices=[m for m in zoo.MEMBERS if m not in ("eagle", "eagle3", "draft")]
+    )
+    parser.add_argument("--drafter", default="eagle", choices=["eagle", "eagle3", "draft"])
+    parser.add_argument("--workloads", nargs="+", default=everything, choices=everything, metavar="NAME")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
+    parser.add_argument("--blocks", type=int, default=6, help="paired blocks a cell; an even number")
+    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 8, or 2 for each in flight")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic_vs_fixed.json"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    fresh = {
+        "version": VERSION, "command": shlex.join(["python", "benchmarks/elastic_vs_fixed.py", *argv]),
+        "target": args.target, "drafter": args.drafter, "table": TABLE, "code": provenance.code(),
+        "versions": provenance.versions(), "hardware": provenance.hardware(), "cells": {},
+    }  # fmt: skip
+    results = load(args.out, fresh)
+    cells = [
+        {
+            "workload": workload, "temperature": temperature, "concurrency": concurrency, "blocks": args.blocks,
+            "requests": args.requests or max(8, 2 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
+        }
+        for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
+    ]  # fmt: skip
+    todo = [cell for cell in cells if json.dumps(cell) not in results["cells"]]
+    print(f"{len(todo)} of {len(cells)} cells to measure", flush=True)
+    engines = Engines(args.target, args.drafter, max(args.concurrency)) if todo else None
+    for number, cell in enumerate(todo, 1):
+        assert engines is not None
+        print(f"[{number}/{len(todo)}] {cell}", flush=True)
+        results["cells"][json.dumps(cell)] = measure(engines, cell, lambda text: print(text, flush=True))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record.replace_text(args.out, json.dumps(results, indent=1) + "\n")
+        record.replace_text(args.out.with_suffix(".md"), markdown(results))
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

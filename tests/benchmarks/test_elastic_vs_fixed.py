@@ -1,0 +1,72 @@
+"""The headline's arithmetic, on rates whose answer is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nwor_vllm.errors import ConfigError, CorruptFileError
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "elastic_vs_fixed.py"
+
+
+@pytest.fixture(scope="module")
+def headline() -> Any:
+    spec = importlib.util.spec_from_file_location("elastic_vs_fixed", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rates(headline: Any) -> dict[str, list[float]]:
+    """Blocks differ by a drift that all arms share: paired ratios are exact all the same."""
+    speed = dict.fromkeys(headline.arms(), 100.0) | {"fixed_3": 150.0, "fixed_5": 140.0, "goodput": 165.0}
+    drift = (1.0, 0.8, 1.3, 0.9, 1.1, 1.0)
+    return {arm: [value * d for d in drift] for arm, value in speed.items()}
+
+
+def test_best_fixed_in_hindsight_and_paired_ratios(headline: Any) -> None:
+    summary = headline.summarise(rates(headline))
+    assert summary["best_fixed"] == "fixed_3"
+    goodput = summary["arms"]["goodput"]
+    assert goodput["over_best_fixed"]["ratio"] == pytest.approx(1.1)
+    assert goodput["over_best_fixed"]["low"] == pytest.approx(1.1)
+    assert goodput["over_no_speculation"]["ratio"] == pytest.approx(1.65)
+
+
+def test_the_table_shows_every_cell(headline: Any) -> None:
+    cell = {"workload": "mixed", "temperature": 0.8, "concurrency": 4}
+    done = {"cell": cell, "summary": headline.summarise(rates(headline))}
+    results = {"command": "c", "target": "wide", "drafter": "eagle", "hardware": {}, "cells": {json.dumps(cell): done}}
+    row = next(line for line in headline.markdown(results).splitlines() if line.startswith("| mixed"))
+    assert [part.strip() for part in row.strip("|").split("|")][:4] == ["mixed", "0.8", "4", "3"]
+    assert "1.650 (1.65-1.65)" in row and "1.100 (1.10-1.10)" in row
+
+
+def test_every_fixed_arm_is_on_the_ladder(headline: Any) -> None:
+    for arm in headline.arms():
+        if arm.startswith("fixed_"):
+            assert headline.setting(arm)["policy_params"]["k"] in headline.LADDER
+
+
+def test_the_regime_really_switches(headline: Any) -> None:
+    first, second = headline.texts(headline.SWITCH, 8, 1)[:4], headline.texts(headline.SWITCH, 8, 1)[4:]
+    assert first == headline.texts("code", 8, 1)[:4]
+    assert second == headline.texts("creative", 8, 1)[:4]
+
+
+def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
+    fresh = {"version": 1, "target": "t", "drafter": "d", "table": [], "versions": {}, "code": "a", "cells": {}}
+    path = tmp_path / "r.json"
+    assert headline.load(path, fresh) == fresh
+    path.write_text(json.dumps({**fresh, "code": "b"}))
+    with pytest.raises(ConfigError, match="other code"):
+        headline.load(path, fresh)
+    path.write_text("{")
+    with pytest.raises(CorruptFileError, match=r"r\.json"):
+        headline.load(path, fresh)
