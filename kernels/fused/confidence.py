@@ -69,7 +69,7 @@ def settle(
     """The stop rule behind this row's confidence; the last row of the batch judges the next draft step."""
     step = tl.load(step_ptr).to(tl.int32)
     if (step >= 0) & (step < positions):
-        on, gain, stopped = judge(
+        _on, gain, stopped = judge(
             row,
             step,
             prob,

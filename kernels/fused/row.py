@@ -132,7 +132,7 @@ def scan(
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """One slice of a row: (top, token, others, second, bits_sum). A NaN in the slice makes top NaN and token its place."""
+    """One slice: (top, token, others, second, bits_sum). A NaN in it makes top NaN and token its place."""
     lanes = tl.arange(0, LANES)
     cols = tl.arange(0, PER)[None, :]
     top = tl.full((LANES,), float("-inf"), tl.float32)

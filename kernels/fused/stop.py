@@ -98,7 +98,7 @@ def stop_kernel(
             live = row < rows
             prob = tl.load(prob_ptr + row, mask=live, other=0.0)
             odds = tl.load(odds_ptr + row, mask=live, other=0.0)
-            on, gain, stopped = judge(
+            _on, gain, stopped = judge(
                 row,
                 step,
                 prob,

@@ -1,4 +1,4 @@
-"""The counter-based noise of vLLM's V2 sampler, bit for bit, so that a draft can be replayed by (seed, position, token).
+"""The counter-based noise of vLLM's V2 sampler, bit for bit: a draft can be replayed by (seed, position, token).
 
 murmur3 of (seed, position, token) gives 32 bits, their midpoint a uniform u in (0, 1). The exponential -log(1 - u) then
 serves both forms of the same draw: argmax of logit - log(exponential), and argmax of probability / exponential.
