@@ -17,7 +17,7 @@ from nwor_vllm.errors import ConfigError, unknown_key
 from nwor_vllm.policy import POLICIES
 
 # Read by scripts and the control endpoint, not settings of the tree.
-OTHER_VARIABLES = frozenset({"NWOR_DISABLE", "NWOR_ENV", "NWOR_CONTROL_TOKEN"})
+OTHER_VARIABLES = frozenset({"NWOR_DISABLE", "NWOR_ENV", "NWOR_CONTROL_TOKEN", "NWOR_ZOO"})
 
 
 def _unit(where: str, value: float) -> None:
