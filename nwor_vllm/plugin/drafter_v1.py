@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.forward_context import set_forward_context
 
 from nwor_vllm.plugin.draft_round import IDLE, DraftRound
 
@@ -105,6 +106,28 @@ class ElasticProposer(_StockProposer):  # type: ignore[misc]
         if self.use_heterogeneous_vocab:
             tokens = self.vocab_mapping.map_draft_to_target_ids(tokens)
         return tokens, probs, logits
+
+    def nwor_feed(self, tokens: torch.Tensor, positions: torch.Tensor, hidden: Any, attention: Any) -> None:
+        """A forward for its K/V alone: what steps without a draft left out."""
+        n = len(tokens)
+        if hidden is not None and self.method == "eagle3":
+            hidden = self.model.combine_hidden_states(hidden)
+        self.input_ids[:n] = tokens
+        self._set_positions(n, positions)
+        if hidden is not None:
+            self.hidden_states[:n] = hidden
+        _, layers = self.build_per_group_and_layer_attn_metadata(attention)
+        mode, padded, across = self._determine_batch_execution_and_padding(n)
+        inputs, size = self.build_model_inputs_first_pass(n, padded, None)
+        with set_forward_context(
+            layers,
+            self.vllm_config,
+            num_tokens=padded,
+            num_tokens_across_dp=across,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(size, attention.slot_mapping),
+        ):
+            self.model(**inputs)
 
 
 @functools.cache

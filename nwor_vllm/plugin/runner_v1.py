@@ -12,10 +12,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.kernels import StopState
 from nwor_vllm.plugin import compat
-from nwor_vllm.plugin.draft_round import DraftRound
+from nwor_vllm.plugin.catch_up import CatchUp, usable
+from nwor_vllm.plugin.draft_round import IDLE, DraftRound
 from nwor_vllm.plugin.drafter_v1 import elastic
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of
 
@@ -32,7 +35,11 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     nwor_cut: dict[str, int]
     nwor_rows: list[int]  # [draft-layer KV rows written, avoided] since the start
 
+    nwor_catch_up: CatchUp | None
+
     def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.nwor_catch_up is not None and self.nwor_idle(scheduler_output):
+            return self.nwor_skip(*args)
         ids, k = list(self.input_batch.req_ids), scheduler_output.num_spec_tokens_to_schedule
         orders = orders_of(scheduler_output)
         held = self.use_async_scheduling
@@ -42,6 +49,8 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         whole = [held and self._nwor_structured(i) for i in ids]
         dead = self.discard_request_mask.np[: len(ids)].tolist()
         now = self.drafter.nwor = DraftRound(ids, k, orders, self.nwor_state, dead, whole, self.nwor_pads)
+        if self.nwor_catch_up is not None and self.nwor_catch_up.steps:
+            self.nwor_replay(now.ids, args[-2])
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
         report = now.report()
         self.nwor_lengths = {}
@@ -54,6 +63,35 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         self.nwor_rows[0] += report.rows_written
         self.nwor_rows[1] += report.rows_avoided
         return drafts
+
+    def nwor_idle(self, step: Any) -> bool:
+        """Nothing to draft, and nothing but one token of each request to feed the drafter."""
+        return step.num_spec_tokens_to_schedule == 0 and step.total_num_scheduled_tokens == len(
+            step.num_scheduled_tokens
+        )
+
+    def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> torch.Tensor:
+        """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
+        ids, catch_up = list(self.input_batch.req_ids), self.nwor_catch_up
+        n = len(ids)
+        tokens, counts = self.drafter.prepare_next_token_ids_padded(
+            sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
+        )
+        self._copy_valid_sampled_token_count(tokens, counts)
+        if self.use_aux_hidden_state_outputs:
+            hidden = torch.cat([h[:n] for h in aux], dim=-1)
+        fed = tokens if self.drafter.pass_hidden_states_to_model else self.input_ids.gpu[:n]
+        catch_up.skip(ids, fed[:n], self._get_positions(n), hidden[:n])
+        self.nwor_last = DraftReport(0, 0)
+        if catch_up.due:
+            self.nwor_replay(ids, rest[-2])
+            self.nwor_last = DraftReport(0, 1)
+        return torch.empty(n, 0, dtype=torch.int64, device=self.device)
+
+    def nwor_replay(self, ids: list[str], batch: Any) -> None:
+        now, self.drafter.nwor = self.drafter.nwor, IDLE  # not part of the round
+        self.nwor_rows[0] += self.nwor_catch_up.replay(ids, batch)
+        self.drafter.nwor = now
 
     def _nwor_structured(self, request_id: str) -> bool:
         params = self.requests[request_id].sampling_params
@@ -90,6 +128,10 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         return trimmed
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        if self.nwor_catch_up is not None:
+            step = scheduler_output
+            self.nwor_catch_up.forget(r.req_id for r in step.scheduled_new_reqs)
+            self.nwor_catch_up.forget((*step.finished_req_ids, *step.scheduled_cached_reqs.resumed_req_ids))
         correct = super()._update_states(scheduler_output)
         # The scheduler advanced every request by its placeholders; what it takes back is counted from there.
         for request_id in self.nwor_cut:
@@ -124,6 +166,7 @@ def adopt(runner: Any) -> None:
     runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")
     k_max = runner.speculative_config.num_speculative_tokens
     runner.nwor_state = StopState.create(runner.max_num_reqs, k_max, runner.device)
+    runner.nwor_catch_up = CatchUp(drafter) if usable(runner) else None
     runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
 
 

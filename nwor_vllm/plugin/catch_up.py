@@ -1,0 +1,98 @@
+"""A free K = 0: steps that draft nothing run no draft forward, and the drafter's K/V catches up in one go.
+
+What the drafter would have been fed is kept, one row per request and step. It is replayed before the next forward of
+the drafter, and at the latest when a cache block's worth of steps has gathered, so that blocks which other requests
+find in the prefix cache hold the drafter's K/V too, but for the last rows of a request that ended meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(slots=True)
+class _Skipped:
+    """One step without a draft forward: row numbers by request, and what the drafter missed."""
+
+    rows: dict[str, int]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+class CatchUp:
+    def __init__(self, proposer: Any) -> None:
+        self.proposer = proposer
+        self.steps: list[_Skipped] = []
+
+    def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
+        kept = hidden.clone() if self.proposer.pass_hidden_states_to_model else None
+        self.steps.append(_Skipped({i: r for r, i in enumerate(ids)}, tokens.clone(), positions.clone(), kept))
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """These requests are gone, or will be prefilled anew."""
+        if self.steps:
+            for request_id in ids:
+                for step in self.steps:
+                    step.rows.pop(request_id, None)
+            self.steps = [step for step in self.steps if step.rows]
+
+    @property
+    def due(self) -> bool:
+        """A block's worth of steps has gathered, or as many rows as one forward can take."""
+        if len(self.steps) >= self.proposer.block_size:
+            return True
+        rows = sum(len(step.rows) for step in self.steps)
+        return rows + self.proposer.max_batch_size > self.proposer.max_num_tokens
+
+    def replay(self, ids: Sequence[str], batch: Any) -> int:
+        """Feed the drafter what requests of this batch missed; returns the rows. `batch`: their attention metadata."""
+        taken = [(request, step) for request in range(len(ids)) for step in self.steps if ids[request] in step.rows]
+        if not taken:
+            return 0
+        rows = [(step, step.rows[ids[request]]) for request, step in taken]
+        tokens = torch.stack([step.tokens[row] for step, row in rows])
+        positions = torch.stack([step.positions[row] for step, row in rows])
+        hidden = [step.hidden[row] for step, row in rows if step.hidden is not None]
+        attention = self._attention([request for request, _ in taken], positions, batch)
+        self.proposer.nwor_feed(tokens, positions, torch.stack(hidden) if hidden else None, attention)
+        self.forget(ids)
+        return len(rows)
+
+    def _attention(self, owners: list[int], positions: torch.Tensor, batch: Any) -> Any:
+        """One query per request over its missed rows; their blocks are still in the request's table."""
+        requests = sorted(set(owners))
+        counts = [owners.count(r) for r in requests]
+        ends = torch.tensor(counts).cumsum(0)
+        starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
+        device, size = positions.device, self.proposer.block_size
+        table = batch.block_table_tensor
+        blocks = table[torch.tensor(owners, device=device), positions // size].to(torch.int64)
+        index = torch.tensor(requests, device=device)
+        bound = batch.seq_lens_cpu_upper_bound
+        return type(batch)(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=(positions[(ends - 1).to(device)] + 1).to(batch.seq_lens.dtype),
+            seq_lens_cpu_upper_bound=None if bound is None else bound[requests],
+            num_reqs=len(requests),
+            num_actual_tokens=len(owners),
+            max_query_len=max(counts),
+            max_seq_len=batch.max_seq_len,
+            block_table_tensor=table[index],
+            slot_mapping=blocks * size + positions % size,
+            causal=True,
+        )
+
+
+def usable(runner: Any) -> bool:
+    """Plain text, one position per token, no other rank or connector that waits for the drafter's forward."""
+    proposer, config = runner.drafter, runner.vllm_config
+    odd = proposer.uses_mrope or proposer.supports_mm_inputs or proposer.use_heterogeneous_vocab
+    odd = odd or proposer.constant_draft_positions or proposer.parallel_drafting
+    alone = config.parallel_config.data_parallel_size == 1 and config.parallel_config.pipeline_parallel_size == 1
+    return alone and not odd and config.kv_transfer_config is None and not config.model_config.is_hybrid

@@ -1,0 +1,70 @@
+"""A free K = 0: the drafter's K/V catches up, so that acceptance after re-entry is as if drafting had never paused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def decode(llm, prompts, pauses, max_tokens=60):
+    """Run step by step; `pauses` are the step numbers at which nothing is drafted. Tokens, and counts while drafting."""
+    import vllm
+
+    from nwor_vllm.plugin import control
+
+    core = llm.llm_engine
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    control.apply(llm, {"policy": "fixed", "policy_params": {"k": 3}, "reset": True})
+    for index, prompt in enumerate(prompts):
+        core.add_request(f"r{index}", {"prompt_token_ids": list(prompt)}, params)
+    done, step, paused = {}, 0, False
+    while core.has_unfinished_requests():
+        if (step in pauses) != paused:
+            paused = step in pauses
+            control.apply(llm, {"policy": "fixed", "policy_params": {"k": 0 if paused else 3}})
+        for out in core.step():
+            if out.finished:
+                done[out.request_id] = tuple(out.outputs[0].token_ids)
+        step += 1
+    return [done[f"r{i}"] for i in range(len(prompts))], control.snapshot(llm)["counters"]
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def engine(request, tiny, speculation, engine_settings):
+    from nwor_vllm.bench.backends import vllm as backend
+
+    settings = engine_settings | {"async_scheduling": request.param == "async", "block_size": 32}
+    with backend.engine(tiny[0], speculation, **settings) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("pauses", [range(4, 12), range(3, 50), [5, 6, 9, 10, 11, 14]], ids=["once", "long", "often"])
+def test_acceptance_after_a_pause_is_that_of_a_drafter_that_was_fed_all_along(engine, token_prompts, pauses):
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    catch_up = runner.nwor_catch_up
+    assert catch_up is not None
+    got = decode(engine, token_prompts, pauses)
+    runner.nwor_catch_up = None  # stock: the draft prefill runs at every step
+    fed = decode(engine, token_prompts, pauses)
+    runner.nwor_catch_up = catch_up
+    assert got[0] == fed[0]
+    assert got[1]["accepted_per_position"] == fed[1]["accepted_per_position"]
+    assert got[1]["accepted_tokens"] > 0
+    assert got[1]["draft_forwards"] < fed[1]["draft_forwards"]
+
+
+def test_a_drafter_that_missed_its_rows_would_have_been_noticed(engine, token_prompts, monkeypatch):
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    whole = decode(engine, token_prompts, range(4, 30))
+    monkeypatch.setattr(runner.nwor_catch_up, "replay", lambda ids, batch: runner.nwor_catch_up.forget(ids) or 0)
+    holes = decode(engine, token_prompts, range(4, 30))
+    assert holes[0] == whole[0]
+    assert holes[1]["accepted_tokens"] < whole[1]["accepted_tokens"]
+
+
+def test_nothing_is_kept_of_requests_that_are_gone(engine, token_prompts):
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    decode(engine, token_prompts, range(2, 500))
+    decode(engine, token_prompts[:1], [])
+    assert runner.nwor_catch_up.steps == []
