@@ -22,6 +22,7 @@ from nwor_vllm.plugin.control import answer, serve_control
 from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.kv_bytes import row_bytes
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of, report_of
+from nwor_vllm.plugin.metrics import Publisher, file_of
 from nwor_vllm.policy import Plan, Policy, Round, Step, StopRule, make_policy
 
 _StockScheduler: Any = object  # the vLLM class that stands behind the mixin
@@ -62,6 +63,8 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_rounds: list[Round] = []
         self.nwor_started = self.nwor_ended = time.perf_counter()
         self.nwor_busy = False
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        self.nwor_publisher = Publisher(file_of(self.vllm_config, engine))
         serve_control()
 
     def nwor_make(self, config: NworConfig) -> Policy:
@@ -171,9 +174,15 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             prefill_tokens=max(total - verified, 0),
         )
         self.nwor_policy.observe(measured)
+        if self.nwor_publisher.due:
+            self.nwor_publish()
         self.nwor_counters.step(measured)
         if report is not None:
             self.nwor_take(report, orders_of(step).caps)
+
+    def nwor_publish(self) -> None:
+        policy = self.nwor_policy
+        self.nwor_publisher.publish(self.nwor_counters.snapshot(), policy.metrics(), policy.name)
 
     def nwor_take(self, report: DraftReport, caps: Mapping[str, int]) -> None:
         """The drafts that the next step verifies."""
@@ -191,6 +200,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         super().shutdown()
+        self.nwor_publisher.close()
         compat.log.info("nwor: %s", self.nwor_counters.snapshot())
 
 

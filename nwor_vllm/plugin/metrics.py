@@ -1,0 +1,149 @@
+"""Prometheus metrics under `nwor_`: the engine core publishes its counters once a second, the API server serves them.
+
+The core and the API server are two processes, and what vLLM sends between them has no room for more numbers: the core
+writes a small file of its own in a private folder, and the collector reads it when it is scraped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from nwor_vllm.config import load
+from nwor_vllm.plugin.compat import log
+
+EVERY_S = 1.0
+COUNTERS = {
+    "steps": "Engine steps with tokens in them.",
+    "rounds": "Verifications of one request's draft.",
+    "draft_forwards": "Forwards of the drafter, its prefill included.",
+    "draft_forwards_saved": "Forwards that the step's draft length would have run.",
+    "drafted_tokens": "Draft tokens proposed, before trimming.",
+    "verified_tokens": "Draft tokens the target verified.",
+    "accepted_tokens": "Draft tokens kept.",
+    "tokens_stopped_by_confidence": "Draft tokens that early exit left out.",
+    "draft_kv_bytes_written": "Logical K/V bytes written by the drafter's layers.",
+    "draft_kv_bytes_avoided": "Logical K/V bytes its dead rows did not write.",
+    "target_kv_bytes_written": "Logical K/V bytes written by the target's layers.",
+    "target_kv_bytes_avoided": "Logical K/V bytes of draft tokens that were trimmed before verification.",
+    "step_seconds": "Time in engine steps.",
+}
+LABELLED = {
+    "length_histogram": ("steps_by_draft_length", "draft_length", "Engine steps by planned draft length."),
+    "verified_per_position": ("verified_tokens_by_position", "position", "Draft tokens verified, by position."),
+    "accepted_per_position": ("accepted_tokens_by_position", "position", "Draft tokens kept, by position."),
+}
+POLICY = "nwor_policy"
+NAMES = frozenset(
+    {f"nwor_{name}_total" for name in COUNTERS} | {f"nwor_{name}_total" for name, _, _ in LABELLED.values()} | {POLICY}
+)
+
+
+def file_of(vllm_config: Any, engine: int) -> Path:
+    """One file per engine; `instance_id` is the same in all of its processes."""
+    folder = Path(tempfile.gettempdir()) / f"nwor-{os.getuid()}"
+    return folder / f"{vllm_config.instance_id}-{engine}.json"
+
+
+class Publisher:
+    """In the engine core."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.next = 0.0
+        self.usable = _private(path.parent)
+        if not self.usable:
+            log.warning("nwor: Prometheus metrics are disabled: %s is not a folder of this user alone", path.parent)
+
+    def publish(self, counters: Mapping[str, Any], policy: Mapping[str, float], name: str) -> None:
+        self.next = time.monotonic() + EVERY_S
+        if not self.usable:
+            return
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"counters": counters, "policy": policy, "name": name}))
+        partial.replace(self.path)
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() >= self.next
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _private(folder: Path) -> bool:
+    """A folder that somebody else made under a shared /tmp is not ours to trust."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = folder.lstat()
+    except OSError:
+        return False
+    return owner.st_uid == os.getuid() and not folder.is_symlink() and not owner.st_mode & 0o022
+
+
+class Collector:
+    """In the API server: reads at scrape time."""
+
+    def __init__(self, path: Path, engine: int) -> None:
+        self.path, self.engine = path, str(engine)
+
+    def read(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None  # no step yet
+        return found
+
+    def collect(self) -> Iterator[Any]:
+        state = self.read()
+        if state is None:
+            return
+        counters = state["counters"]
+        for name, text in COUNTERS.items():
+            family = CounterMetricFamily(f"nwor_{name}", text, labels=["engine"])
+            family.add_metric([self.engine], counters[name])
+            yield family
+        for key, (name, label, text) in LABELLED.items():
+            family = CounterMetricFamily(f"nwor_{name}", text, labels=["engine", label])
+            values = counters[key]
+            rows = values.items() if isinstance(values, dict) else enumerate(values, start=1)
+            for value, count in rows:
+                family.add_metric([self.engine, str(value)], count)
+            yield family
+        gauge = GaugeMetricFamily(POLICY, "What the policy reports.", labels=["engine", "policy", "value"])
+        for value, number in state["policy"].items():
+            gauge.add_metric([self.engine, state["name"], value], number)
+        yield gauge
+
+
+class StatLogger(StatLoggerBase):  # type: ignore[misc]
+    """vLLM makes one per engine in the API server; it serves our metrics, and says now and then what was stopped."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.collector: Collector | None = None
+        self.said = -1
+        if vllm_config.speculative_config and load(vllm_config.additional_config, os.environ) is not None:
+            self.collector = Collector(file_of(vllm_config, engine_index), engine_index)
+            REGISTRY.register(self.collector)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def log(self) -> None:
+        state = self.collector.read() if self.collector is not None else None
+        stopped = state["counters"]["tokens_stopped_by_confidence"] if state else 0
+        if stopped != self.said and stopped:
+            log.info("nwor: Confidence early exit stats: %d tokens stopped", stopped)
+            self.said = stopped

@@ -1,0 +1,154 @@
+"""The OpenAI server, switched on by `--additional-config` alone: same answers, metrics served, control guarded."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TOKEN = "a-token-for-this-test-only"
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+EXTRAS = [
+    {},
+    {"logprobs": 2},
+    {},
+    {"structured_outputs": {"json": SCHEMA}},
+    {},
+    {"stop": ["e", "\n"]},
+    {"presence_penalty": 1.0},
+    {"structured_outputs": {"regex": "[a-d]{3,9}"}},
+]
+
+
+@contextmanager
+def server(folder, *flags, **environ):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
+        "--max-num-seqs", "16", *flags,
+    ]  # fmt: skip
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environ
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    base = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 420
+        while True:
+            assert process.poll() is None, process.stdout.read().decode()[-3000:]
+            assert time.monotonic() < deadline
+            try:
+                fetch(f"{base}/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield base
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def fetch(url, body=None, token=None):
+    request = urllib.request.Request(url, data=None if body is None else json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return answer.read().decode()
+
+
+def status(url, body=None, token=None):
+    try:
+        fetch(url, body, token)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
+    return 200, ""
+
+
+def ask(base, prompts):
+    def one(index):
+        body = {"model": "m", "prompt": prompts[index], "temperature": 0, "max_tokens": 24}
+        choice = json.loads(fetch(f"{base}/v1/completions", body | EXTRAS[index % len(EXTRAS)]))["choices"][0]
+        tokens = choice["logprobs"]["tokens"] if choice["logprobs"] else None
+        return choice["text"], choice["finish_reason"], tokens
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(one, range(len(prompts))))
+
+
+def scrape(base):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(fetch(f"{base}/metrics"))
+        for sample in family.samples
+        if sample.name.startswith("nwor_")
+    }
+
+
+def check(target, drafter, prompts):
+    from nwor_vllm.plugin.metrics import NAMES
+
+    with server(target) as base:
+        truth = ask(base, prompts)
+    speculative = json.dumps({"method": "eagle", "model": str(drafter), "num_speculative_tokens": 5})
+    settings = json.dumps({"nwor": {"control_endpoint": True, "early_exit": {"threshold": 0.2}}})
+    flags = ("--speculative-config", speculative, "--additional-config", settings)
+    with server(target, *flags, VLLM_PLUGINS="nwor", NWOR_CONTROL_TOKEN=TOKEN) as base:
+        assert ask(base, prompts) == truth
+        assert status(f"{base}/nwor", {}) == (401, "send NWOR_CONTROL_TOKEN as a bearer token")
+        assert status(f"{base}/nwor", {}, "wrong")[0] == 401
+        assert status(f"{base}/nwor", {"policy": "fixd"}, TOKEN) == (
+            400,
+            "unknown policy 'fixd'; did you mean 'fixed'?",
+        )
+        assert status(f"{base}/nwor", [1], TOKEN)[0] == 400
+        for change in (
+            {"policy": "fixed", "policy_params": {"k": 2}, "early_exit": {"threshold": 0.0}},
+            {"policy": "off"},
+        ):
+            fetch(f"{base}/nwor", change, TOKEN)
+            assert ask(base, prompts) == truth
+        time.sleep(1.1)
+        ask(base, prompts[:1])
+        found = json.loads(fetch(f"{base}/nwor", token=TOKEN))["counters"]
+        served = scrape(base)
+        assert set(served) == NAMES
+        assert 0 < served["nwor_accepted_tokens_total"] <= found["accepted_tokens"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair():
+    from nwor_vllm import zoo
+
+    return zoo.path("target"), zoo.path("eagle"), [p["prompt"] for p in zoo.prompts(8, seed=5)]
+
+
+def test_sixty_four_requests_of_all_kinds(pair):
+    target, drafter, prompts = pair
+    found = check(target, drafter, [prompts[i % len(prompts)] for i in range(64)])
+    assert found["accepted_tokens"] > 0
