@@ -12,7 +12,7 @@ from nwor_vllm.kernels.fused.noise import exponential, stream
 from nwor_vllm.kernels.fused.sample import best_of
 from nwor_vllm.kernels.reference.residual import Residual
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit

@@ -18,10 +18,11 @@ NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def row_scale(temp_ptr, row):
     """log2(e) / T; temperature 0 counts as 1."""
-    if temp_ptr is None:
-        return tl.full((), LOG2E, tl.float32)
-    t = tl.load(temp_ptr + row)
-    return LOG2E / tl.where(t == 0.0, 1.0, t)
+    scale = tl.full((), LOG2E, tl.float32)
+    if temp_ptr is not None:
+        t = tl.load(temp_ptr + row)
+        scale = scale / tl.where(t == 0.0, 1.0, t)
+    return scale
 
 
 @triton.jit
