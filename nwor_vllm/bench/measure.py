@@ -21,7 +21,7 @@ from nwor_vllm.bench.plan import Planned
 from nwor_vllm.bench.workload import Prompt
 
 SETTLED = 0.02  # warm-up ends when an arm's block medians differ by less
-MAX_WARMUP_FACTOR = 3
+MAX_WARMUP_FACTOR = 2
 
 
 class Driver(Protocol):
@@ -136,7 +136,7 @@ def measure(panel: Panel, driver: Driver, session: Session) -> None:
 def warm_up(
     chosen: Sequence[Arm], batches: Sequence[Sequence[Prompt]], driver: Driver, cell: Cell, say: Say
 ) -> dict[str, Any]:
-    """Each arm on prompts of its own until its blocks agree, or three times what was asked for."""
+    """Each arm on prompts of its own until its blocks agree, or twice what was asked for."""
     seconds: dict[Arm, list[float]] = {arm: [] for arm in chosen}
     settled: bool | None = None
     rounds = 0

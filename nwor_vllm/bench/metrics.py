@@ -26,6 +26,9 @@ class RequestResult:
     latency_s: float | None
     prompt_tokens: int = 0
     text: str = ""
+    rounds: int | None = None  # of speculation, for this request
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def write(record: Record, path: Path, batches: Sequence[BatchResult]) -> None:
     folder = path.with_suffix("")
     replace_text(path.with_suffix(".md"), page(record))
     replace_text(folder / "config.yaml", yaml.safe_dump(record.cell.model_dump(mode="json"), sort_keys=False))
-    rows = list(_rows(batches))
+    rows = _rows(record.cell.draft_length, batches)
     mode = record.summary.per_mode[0] if record.summary else None
     body = {**(mode.model_dump(mode="json", exclude={"outputs_sha256"}) if mode else {}), "per_request": rows}
     replace_text(folder / "metrics.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
@@ -27,16 +27,23 @@ def write(record: Record, path: Path, batches: Sequence[BatchResult]) -> None:
     replace_text(folder / "requests.csv", _csv(rows))
 
 
-def _rows(batches: Sequence[BatchResult]) -> list[dict[str, object]]:
+def _rows(gamma: int, batches: Sequence[BatchResult]) -> list[dict[str, object]]:
+    """Empty is unknown: one process has no network to idle on."""
     return [
         {
-            "request_id": request.id, "batch": batch.index, "generated_tokens": len(request.token_ids),
-            "finish_reason": request.finish_reason, "ttft_ms": _ms(request.ttft_s), "tpot_ms": _ms(request.tpot_s),
-            "total_latency_ms": _ms(request.latency_s),
+            "request_id": request.id, "gamma": gamma, "prompt_length": request.prompt_tokens,
+            "generated_tokens": len(request.token_ids), "ttft_ms": _ms(request.ttft_s), "tpot_ms": _ms(request.tpot_s),
+            "average_acceptance_rate": _ratio(request.accepted, request.drafted),
+            "total_network_idle_ms": None, "total_latency_ms": _ms(request.latency_s), "num_rounds": request.rounds,
+            "batch": batch.index, "finish_reason": request.finish_reason,
         }
         for batch in batches
         for request in batch.requests
     ]  # fmt: skip
+
+
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -33,7 +33,7 @@ def models(folder: Path) -> dict[str, str]:
 
 
 class Scripted:
-    """Batch time: base, times the arm's factor, times log-normal noise that batches share and noise that they do not."""
+    """Batch time: base, times the arm's factor, times log-normal noise of its own."""
 
     def __init__(self, factors: Mapping[str, float], noise: float = 0.02, seed: int = 0, pause_s: float = 0.0) -> None:
         self.factors, self.noise, self.pause_s = factors, noise, pause_s

@@ -97,6 +97,7 @@ def test_command_speaks_to_people_and_tools(finished: Path, capsys: pytest.Captu
 
 def spec_blocks() -> list[str]:
     """The two loops as the specification prints them."""
+    # ruff: noqa: E501
     latency = r"""
 # Compare adaptive off vs on
 for f in sweeps/adaptive_grid/run*_adaptive0.json; do
