@@ -30,8 +30,14 @@ CLIP = 3.0  # residuals beyond this many noises have no more influence
 MEMORY = 2000.0  # steps
 EAGER = 64  # solve after every step until this many were seen, then every SOLVE_EVERY
 SOLVE_EVERY = 8
-BUCKETS = 12  # one correction per power of two of verified tokens
-BUCKET_PRIOR = 16.0
+ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
+BUCKET_PRIOR = 2.0
+KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
+PLACES = np.arange(BUCKETS)
+
+
+def _row(requests: float) -> int:
+    return min(ROWS - 1, round(math.log2(max(requests, 1))))
 
 
 class Cost:
@@ -41,8 +47,8 @@ class Cost:
         self.prior: Floats = np.zeros(SIZE)
         self.moment: Floats = np.zeros((SIZE, SIZE))
         self.target: Floats = np.zeros(SIZE)
-        self.bucket: Floats = np.zeros((2, BUCKETS))  # sum of log ratios, count
-        self.correction: Floats = np.ones(BUCKETS)
+        self.bucket: Floats = np.zeros((2, ROWS, BUCKETS))  # sum of log ratios, count
+        self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
         self.scales: list[float] = []
         self.error = math.nan  # moving mean of |log(measured / predicted)|
@@ -62,8 +68,8 @@ class Cost:
         """Seconds of steps that differ in verified tokens and draft steps; 1 per target-only step while unknown."""
         weights = self.weights if self.seen else PRIOR_SHARES
         base = self.features(requests, verified, steps, context) @ weights
-        position = np.log2(np.maximum(verified, 1.0))
-        return np.asarray(base * np.interp(position, np.arange(BUCKETS), self.correction))
+        place = FINE * np.log2(np.maximum(verified, 1.0))
+        return np.asarray(base * np.interp(place, PLACES, self.correction[_row(requests)]))
 
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step."""
@@ -87,7 +93,8 @@ class Cost:
             self.weights = self.prior.copy()
         expected = float(self.weights @ x)
         ratio = math.log(max(seconds, 1e-12) / expected)
-        corrected = ratio - math.log(float(np.interp(math.log2(max(verified, 1)), range(BUCKETS), self.correction)))
+        place = FINE * math.log2(max(verified, 1))
+        corrected = ratio - math.log(float(np.interp(place, PLACES, self.correction[_row(requests)])))
         small = min(abs(corrected), 1.0)
         self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
         clipped = expected * math.exp(max(-CLIP * NOISE, min(CLIP * NOISE, ratio))) if self.seen >= EAGER else seconds
@@ -97,16 +104,20 @@ class Cost:
         self.moment = self.keep * self.moment + np.outer(x * scale, x * scale)
         self.target = self.keep * self.target + x * (clipped * scale * scale)
         self.seen += 1
-        self._correct(verified, max(-0.5, min(0.5, ratio)))
+        self._correct(_row(requests), place, max(-0.5, min(0.5, ratio)))
         if self.seen < EAGER or self.seen % SOLVE_EVERY == 0:
             self._solve()
 
-    def _correct(self, verified: int, ratio: float) -> None:
-        cell = min(BUCKETS - 1, round(math.log2(max(verified, 1))))
-        self.bucket[:, cell] *= 0.98
-        self.bucket[0, cell] += ratio
-        self.bucket[1, cell] += 1.0
-        self.correction = np.exp(self.bucket[0] / (self.bucket[1] + BUCKET_PRIOR))
+    def _correct(self, row: int, place: float, ratio: float) -> None:
+        cell = min(BUCKETS - 1, round(place))
+        self.bucket[:, row, cell] *= 0.98
+        self.bucket[0, row, cell] += ratio
+        self.bucket[1, row, cell] += 1.0
+        self._smooth(row)
+
+    def _smooth(self, row: int) -> None:
+        total, count = self.bucket[:, row] @ KERNEL
+        self.correction[row] = np.exp(total / (count + BUCKET_PRIOR))
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: coordinate descent from where it stands."""
@@ -145,7 +156,8 @@ class Cost:
         self.weights, self.prior = np.array(state["weights"], float), np.array(state["prior"], float)
         self.moment, self.target = np.array(state["moment"], float), np.array(state["target"], float)
         self.bucket = np.array(state["bucket"], float)
-        self.correction = np.exp(self.bucket[0] / (self.bucket[1] + BUCKET_PRIOR))
+        for row in range(ROWS):
+            self._smooth(row)
         self.seen = int(state["seen"])
         self.scales = [float(x) for x in state["scales"]]
         self.error = math.nan if state["error"] is None else float(state["error"])

@@ -26,6 +26,7 @@ from nwor_vllm.policy.requests import Slots
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 
+MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 
 
@@ -38,7 +39,7 @@ class GoodputParams:
     confidence: bool = True  # give the drafter a stop rule on its calibrated confidence
     guard: bool = True  # fall back to the best fixed length, or none, while the policy is below 0.99 of it
     probe_interval: int = 16  # steps at zero before the first probe; doubles while probes fail
-    cost_interval: int = 32  # steps before the first visit of a draft length only to learn its cost; doubles
+    cost_interval: int = 32  # steps between visits of other draft lengths to learn their cost; grows fourfold
 
     def __post_init__(self) -> None:
         for name in ("spread", "memory"):
@@ -68,8 +69,9 @@ class Goodput:
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.0  # how far the drafter really ends when the rule says so
         self.idle, self.idle_wait = 0, params.probe_interval
-        self.visit, self.visit_wait = params.cost_interval, params.cost_interval
+        self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
+        self.kept = -1.0  # drafts verified per request under the stop rule, moving average; -1 = none yet
         self._last: Plan = Plan(0)
 
     # Deciding
@@ -121,6 +123,8 @@ class Goodput:
         if k == 0:
             return Plan(0)
         n = len(rows)
+        if self.kept >= 0 and self.sees_confidence and self.params.confidence:
+            tokens = n * (1.0 + self.kept)
         verify = self.rate * self.cost.verify_slot(n, tokens, context)
         stop = None
         if self.params.confidence and self.sees_confidence:
@@ -156,9 +160,19 @@ class Goodput:
                 return next((r for r in self.ladder if r >= PROBE_K), self.k_max)
             return None
         self.idle, self.idle_wait = 0, self.params.probe_interval
-        if self.steps >= self.visit and 0 in self.ladder:
-            return 0
+        if self.steps >= self.visit:
+            return self._visit(k)
         return None
+
+    def _visit(self, k: int) -> int:
+        """None, one rung shorter, one longer, in turn, rarer and rarer: their cost is not believed unseen for ever."""
+        here = self.ladder.index(k)
+        turns = (0, max(0, here - 1), min(here + 1, len(self.ladder) - 1))
+        self.visit = self.steps + self.visit_wait
+        self.visits += 1
+        if self.visits % len(turns) == 0:
+            self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
+        return self.ladder[turns[self.visits % len(turns)]]
 
     # Learning
 
@@ -166,8 +180,6 @@ class Goodput:
         self.steps += 1
         if not step.prefill_tokens:
             self.cost.observe(step.requests, step.verified_tokens, step.draft_steps, step.context_tokens, step.seconds)
-        if step.k == 0:
-            self._after_zero()
         if not step.rounds or self.k_max == 0:
             return
         rounds = step.rounds
@@ -212,13 +224,8 @@ class Goodput:
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _after_zero(self) -> None:
-        if self.steps >= self.visit:
-            self.visit_wait = min(2 * self.visit_wait, 1024)
-        self.visit = self.steps + self.visit_wait
-
     def _after_draft(self) -> None:
-        if self.idle > self.idle_wait:  # a probe from zero is two steps
+        if self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle = 0
             self.idle_wait = min(2 * self.idle_wait, 512)
 
@@ -244,6 +251,8 @@ class Goodput:
         gain = np.concatenate([[0.0], np.cumsum(kept.sum(axis=0))])[self._rungs]
         self.guard.observe(tokens, seconds, n + gain, shadow_seconds)
         if self._last.stop and step.k == self._last.k and self.guard.fallback < 0:
+            kept = float(verified.sum()) / n
+            self.kept = kept if self.kept < 0 else self.kept + 0.1 * (kept - self.kept)
             achieved = tokens * self.ratio / (seconds * self.rate)
             self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.8), 1.5)
 
@@ -257,7 +266,19 @@ class Goodput:
     # State
 
     def snapshot(self) -> dict[str, Any]:
-        scalars = ("steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "rate", "ratio")
+        scalars = (
+            "steps",
+            "sees_confidence",
+            "honoured",
+            "idle",
+            "idle_wait",
+            "visit",
+            "visit_wait",
+            "visits",
+            "rate",
+            "ratio",
+            "kept",
+        )
         parts = ("slots", "cost", "guard", "survival", "calibration")
         return {name: getattr(self, name) for name in scalars} | {p: getattr(self, p).snapshot() for p in parts}
 

@@ -50,8 +50,9 @@ def fit(rows: Sequence[Sequence[float]], name: str) -> Curve:
     data = np.array(rows, float)
     n, verified, steps, seconds = data[:, 0], data[:, 1], data[:, 2], data[:, 4]
     design = np.stack([np.ones_like(n), n, verified, steps, steps * n, (steps > 0).astype(float)], axis=1)
-    weights, _ = optimize.nnls(design / seconds[:, None], np.ones(len(seconds)))
-    return Curve(name, *map(float, weights), additive=True)
+    solved, _ = optimize.nnls(design / seconds[:, None], np.ones(len(seconds)))
+    weights, request, token, draft, draft_request, start = map(float, solved)
+    return Curve(name, weights, request, token, draft, draft_request, start, additive=True)
 
 
 def find(name: str) -> Curve:
