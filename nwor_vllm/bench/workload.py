@@ -63,9 +63,9 @@ def generate(workload: str, count: int, seed: int) -> list[tuple[str, str, str]]
         letters = "abcdefghijklmnopqrstuvwxyz"
         words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(4096)]
         return [(f"random-{i:05d}", " ".join(rng.choices(words, k=32)), "random") for i in range(count)]
-    from nwor_vllm.zoo import chats
+    from nwor_vllm import zoo
 
-    rows = chats.prompts("all" if workload == "mixed" else workload, count, seed)
+    rows = zoo.prompts("all" if workload == "mixed" else workload, count, seed)
     return [(row["id"], row["prompt"], row["domain"]) for row in rows]
 
 
