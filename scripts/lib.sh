@@ -62,3 +62,30 @@ with_torch_index() {
     grep -qE 'No space left on device' "$log" && die "$(pip_reason "$log")"
     pip_install "$python" "$log" --extra-index-url https://download.pytorch.org/whl/cpu "$@"
 }
+
+# run_grid CONFIG OUT: every engine group that lacks a run, each in a process of its own, logged to OUT/experiment.log.
+# Goes on after a failure; ends non-zero and names what is not done. One invocation a grid at a time.
+run_grid() {
+    local config=$1 out=$2 group groups status=0 child=
+    mkdir -p "$out"
+    exec 8>>"$out/.grid.lock"
+    flock -n 8 || die "$out is being worked on by another invocation; wait for it to end"
+    local log=$out/experiment.log
+    groups=$(nwor plan "$config" --out "$out" --groups)
+    # In the background and waited for: bash runs a trap only between foreground commands.
+    trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 130' INT TERM
+    while IFS= read -r group; do
+        [[ -n $group ]] || continue
+        nwor bench "$config" --out "$out" --group "$group" > >(tee -a "$log") 2>&1 &
+        child=$!
+        wait "$child" || status=1
+        child=
+    done <<<"$groups"
+    nwor plan "$config" --out "$out" --tsv >"$out/.plan.tsv"
+    awk -F'\t' '{ n[$2]++; if ($2 != "done") print "not done: " $3 " (" $4 ")" }
+        END { printf "%d of %d runs done\n", n["done"], NR; exit n["done"] != NR }' "$out/.plan.tsv" | tee -a "$log" ||
+        status=1
+    trap - INT TERM
+    exec 8>&-
+    return "$status"
+}
