@@ -7,6 +7,7 @@ process of its own: the interpreter is chosen when a kernel is decorated, so it 
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from typing import Any
 
@@ -102,3 +103,16 @@ def _define_log1p() -> None:
         return tl.tensor(TensorHandle(data.astype(x.handle.data.dtype), x.dtype.scalar), x.type)
 
     libdevice.log1p = log1p
+
+
+def main() -> None:
+    """`python -m nwor_vllm.plugin.v2_interpreter MODULE ...`: run a module with V2 engines on CPU."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m nwor_vllm.plugin.v2_interpreter MODULE [ARGUMENT ...]")
+    enable()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import itertools
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,11 +114,11 @@ def keep_by_drawn_token() -> Iterator[None]:
 @contextmanager
 def keep_unverified() -> Iterator[None]:
     """A lossy rule for greedy decoding: the first draft token of a round is kept without asking the target."""
-    from vllm.v1.sample import rejection_sampler
+    name = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"  # there, if an engine of this process runs on V2
+    owner: Any = sys.modules.get(name) or importlib.import_module("vllm.v1.sample.rejection_sampler")
+    right = owner.rejection_sample
 
-    right = rejection_sampler.rejection_sample
-
-    def wrong(draft_token_ids: Any, num_draft_tokens: Any, *rest: Any, **kwargs: Any) -> Any:
+    def wrong_v1(draft_token_ids: Any, num_draft_tokens: Any, *rest: Any, **kwargs: Any) -> Any:
         output = right(draft_token_ids, num_draft_tokens, *rest, **kwargs)
         row_start = 0
         for row, n in enumerate(num_draft_tokens):
@@ -124,8 +127,16 @@ def keep_unverified() -> Iterator[None]:
             row_start += n
         return output
 
-    rejection_sampler.rejection_sample = wrong
+    def wrong_v2(target: Any, draft: Any, inputs: Any, starts: Any, *rest: Any, **kwargs: Any) -> Any:
+        """`inputs`: each request's last token and then its drafts, from `starts` on."""
+        output, count = right(target, draft, inputs, starts, *rest, **kwargs)
+        for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+            if end - start > 1:
+                output[row, 0] = inputs[start + 1]
+        return output, count
+
+    owner.rejection_sample = wrong_v2 if owner.__name__ == name else wrong_v1
     try:
         yield
     finally:
-        rejection_sampler.rejection_sample = right
+        owner.rejection_sample = right

@@ -1,0 +1,82 @@
+"""Runs V2 engines on CPU in this process and prints one JSON line per check. Started by test_v2.py, through
+`python -m nwor_vllm.plugin.v2_interpreter`: the interpreter must be chosen before vLLM is imported."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from nwor_vllm.bench.backends import vllm as backend
+
+K, REQUESTS, MAX_TOKENS = 5, 5, 14
+ASK = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
+SMALL = {"max_model_len": 128, "max_num_seqs": 4, "block_size": 32}
+SCENES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunked prefill": {"max_num_batched_tokens": 32},
+    "prefix cache": {"enable_prefix_caching": True},
+    "preemption": {"num_gpu_blocks_override": 6},
+}
+RULES: dict[str, dict[str, Any]] = {
+    "fixed": {"policy": "fixed", "policy_params": {"k": K}, "early_exit": {"threshold": 0.0, "min_survival": 0.0}},
+    "early exit": {"policy": "fixed", "policy_params": {"k": K}, "early_exit": {"threshold": 0.4}},
+    "zero": {"policy": "fixed", "policy_params": {"k": 0}, "early_exit": {"threshold": 0.0}},
+    "adaptive": {"policy": "goodput", "per_request": False, "early_exit": {"threshold": 0.0}},
+    "both": {"policy": "goodput", "per_request": True, "early_exit": {"threshold": 0.1, "min_survival": 0.05}},
+}
+
+
+def prompts_of(vocab: int) -> list[tuple[int, ...]]:
+    rng = random.Random(3)
+    shared = tuple(rng.randrange(2, vocab) for _ in range(34))
+    rows = [tuple(rng.randrange(2, vocab) for _ in range(rng.randrange(3, 24))) for _ in range(REQUESTS)]
+    return [shared + row if index % 2 else row for index, row in enumerate(rows)]
+
+
+def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
+    target = Path(pair["target"])
+    prompts = prompts_of(json.loads((target / "config.json").read_text())["vocab_size"])
+    with backend.engine(target, None, **SMALL) as llm:
+        truth = backend.generate(llm, prompts, **ASK)
+    print(json.dumps({"runner": type(_runner(llm)).__name__, "tokens": sum(map(len, truth))}), flush=True)
+    for drafter, asynchronous, scene, rules in cells:
+        spec = {"method": drafter, "model": pair[drafter], "num_speculative_tokens": K}
+        settings = SMALL | SCENES[scene] | {"async_scheduling": asynchronous, "disable_log_stats": False}
+        with backend.engine(target, spec, **settings) as llm:
+            for name in rules:
+                print(
+                    json.dumps(_check(llm, name, prompts, truth) | {"cell": [drafter, asynchronous, scene, name]}),
+                    flush=True,
+                )
+
+
+def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> dict[str, Any]:
+    runner = _runner(llm)
+    if name == "planted":
+        backend.switch(llm, RULES["fixed"])
+        with backend.keep_unverified():
+            return {"differences": _differ(backend.generate(llm, prompts, **ASK), truth)}
+    backend.switch(llm, RULES[name])
+    got = backend.generate(llm, prompts, **ASK)
+    return {
+        "differences": _differ(got, truth),
+        "mode": runner.speculator.nwor_mode,
+        "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
+        "preemptions": backend.preemptions(llm),
+        **backend.counters(llm),
+    }
+
+
+def _differ(got: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> int:
+    return sum(a != b for a, b in zip(got, truth, strict=True))
+
+
+def _runner(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+if __name__ == "__main__":
+    main(*json.loads(sys.argv[1]))
