@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a class of prompts by the probability that draft position 1, 2, ... is accepted once reached (the last "
         "value holds for later ones); name=0.9@64/0.3@64 changes after 64 tokens, and back; repeat for more classes",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another draw of the same programme (0)")
     parser.add_argument(
         "--doubt-confidence", type=float, default=0.4, help="largest draft probability where the drafter errs (0.4)"
     )
