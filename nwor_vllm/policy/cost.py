@@ -32,6 +32,7 @@ EAGER = 64  # solve after every step until this many were seen, then every SOLVE
 SOLVE_EVERY = 8
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
+SHORTEST = 1e-9  # seconds; no step is predicted to be free
 KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
 PLACES = np.arange(BUCKETS)
 
@@ -69,7 +70,7 @@ class Cost:
         weights = self.weights if self.seen else PRIOR_SHARES
         base = self.features(requests, verified, steps, context) @ weights
         place = FINE * np.log2(np.maximum(verified, 1.0))
-        return np.asarray(base * np.interp(place, PLACES, self.correction[_row(requests)]))
+        return np.maximum(base * np.interp(place, PLACES, self.correction[_row(requests)]), SHORTEST)
 
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step."""

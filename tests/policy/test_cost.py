@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from nwor_vllm.policy.cost import Cost
+
+
+def teach(cost: Cost, truth: object, steps: int, seed: int = 0, hiccups: float = 0.0) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        k = int(rng.integers(0, 9))
+        seconds = truth(8, 8 * (1 + k), k) * math.exp(0.03 * rng.normal())  # type: ignore[operator]
+        cost.observe(8, 8 * (1 + k), k, 0, 60.0 if rng.random() < hiccups else seconds)
+
+
+def linear(n: int, verified: int, steps: int) -> float:
+    return 4e-3 + 2e-5 * verified + 4e-4 * steps
+
+
+@pytest.mark.parametrize("hiccups", [0.0, 0.02])
+def test_learns_step_times_even_when_some_take_a_minute(hiccups: float) -> None:
+    cost = Cost()
+    teach(cost, linear, 600, hiccups=hiccups)
+    k = np.arange(0.0, 9.0)
+    expected = np.array([linear(8, 8 * (1 + int(x)), int(x)) for x in k])
+    assert cost.predict(8, 8 * (1 + k), k) == pytest.approx(expected, rel=0.06)
+
+
+def test_learns_the_bend_of_a_roofline() -> None:
+    def roof(n: int, verified: int, steps: int) -> float:
+        return max(4e-3, 2e-4 * verified) + 3e-4 * steps
+
+    cost = Cost()
+    teach(cost, roof, 800)
+    k = np.arange(0.0, 9.0)
+    expected = np.array([roof(8, 8 * (1 + int(x)), int(x)) for x in k])
+    assert cost.predict(8, 8 * (1 + k), k) == pytest.approx(expected, rel=0.06)
+
+
+def test_follows_a_machine_that_gets_slower() -> None:
+    cost = Cost(memory=200)
+    teach(cost, linear, 400)
+    teach(cost, lambda n, v, d: 2 * linear(n, v, d), 1500, seed=1)
+    assert float(cost.predict(8, np.array([32.0]), np.array([3.0]))[0]) == pytest.approx(2 * linear(8, 32, 3), rel=0.15)
+
+
+def test_useless_clocks_teach_nothing() -> None:
+    cost = Cost()
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        cost.observe(8, 32, 3, 0, seconds)
+    assert not cost.known
+
+
+def test_weights_never_go_negative_and_more_drafts_never_cost_less() -> None:
+    cost = Cost()
+    teach(cost, lambda n, v, d: 5e-3 - 1e-4 * d, 300)  # a machine that lies
+    assert (cost.weights >= 0).all()
+    base = cost.features(8, np.full(9, 9.0), np.arange(9.0), 0) @ cost.weights
+    assert (np.diff(base) >= 0).all()
+
+
+def test_a_profile_starts_it_warm() -> None:
+    cost = Cost()
+    cost.seed([(n, n * (1 + k), k, 0, linear(n, n * (1 + k), k)) for n in (1, 8, 32) for k in (0, 1, 3, 8)] * 4)
+    assert float(cost.predict(8, np.array([32.0]), np.array([3.0]))[0]) == pytest.approx(linear(8, 32, 3), rel=0.03)

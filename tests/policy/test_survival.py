@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nwor_vllm.policy.calibration import Calibration
+from nwor_vllm.policy.survival import Survival
+
+TRUTH = np.array([0.85, 0.75, 0.6, 0.5, 0.4])
+
+
+def rounds(rng: np.random.Generator, n: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hits = rng.random((n, len(TRUTH))) < TRUTH
+    run = np.where(hits.all(axis=1), len(TRUTH), np.argmin(hits, axis=1))
+    return lengths, np.minimum(run, lengths)
+
+
+def test_hazards_are_unbiased_whatever_lengths_are_drafted() -> None:
+    """Censoring by the draft length and by rejections leaves the estimate at the truth, run after run."""
+    errors = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        survival = Survival(5, spread=1e-6, keep=1.0, memory=1e9)
+        for _ in range(300):
+            verified, accepted = rounds(rng, 16, rng.integers(0, 6, 16))
+            survival.observe(np.zeros(16, np.int64), verified, accepted, np.full(16, np.nan))
+        errors.append(survival.hazards(np.array([0]))[0] - TRUTH)
+    mean, spread = np.mean(errors, axis=0), np.std(errors, axis=0, ddof=1) / np.sqrt(8)
+    assert np.all(np.abs(mean) < 4 * spread + 0.005)
+
+
+def test_the_naive_ratio_is_biased_so_the_test_can_tell() -> None:
+    rng = np.random.default_rng(0)
+    verified, accepted = rounds(rng, 20000, rng.integers(1, 6, 20000))
+    naive = accepted.sum() / verified.sum()
+    reached = np.minimum(accepted + 1, verified).sum()
+    assert naive < accepted.sum() / reached - 0.1
+
+
+def test_stopping_on_confidence_does_not_flatter_deep_positions() -> None:
+    """Half the positions are hopeless and the drafter sees it: what it does not verify counts with its confidence."""
+    rng = np.random.default_rng(1)
+    with_soft, without = (Survival(2, 1e-6, 1.0, 1e9) for _ in range(2))
+    rows = np.zeros(32, np.int64)
+    for _ in range(400):
+        chance = np.where(rng.random((32, 2)) < 0.5, 0.9, 0.1)
+        keep = chance > 0.5
+        verified = np.where(~keep[:, 0], 0, np.where(keep[:, 1], 2, 1))
+        hits = rng.random((32, 2)) < chance
+        run = np.where(hits.all(axis=1), 2, np.argmin(hits, axis=1))
+        accepted = np.minimum(run, verified)
+        soft = np.where(verified < 2, chance[np.arange(32), np.minimum(verified, 1)], np.nan)
+        with_soft.observe(rows, verified, accepted, soft)
+        without.observe(rows, verified, accepted, np.full(32, np.nan))
+    assert with_soft.hazards(rows[:1])[0] == pytest.approx([0.5, 0.5], abs=0.04)
+    assert without.hazards(rows[:1])[0, 0] > 0.8
+
+
+def test_a_request_learns_its_own_offset() -> None:
+    rng = np.random.default_rng(2)
+    survival = Survival(4, spread=1.0, keep=0.98, memory=150)
+    rows = np.array([1, 2])
+    for _ in range(60):
+        hits = rng.random((2, 4)) < np.array([[0.95], [0.2]])
+        run = np.where(hits.all(axis=1), 4, np.argmin(hits, axis=1))
+        survival.observe(rows, np.array([4, 4]), run, np.full(2, np.nan))
+    good, poor = survival.hazards(rows)[:, 0]
+    assert good > 0.8
+    assert poor < 0.45
+
+
+def test_calibration_finds_a_timid_drafter_and_says_so() -> None:
+    rng = np.random.default_rng(3)
+    calibration = Calibration(1, spread=1e-6, keep=1.0, memory=1e9)
+    rows, full = np.zeros(64, np.int64), np.ones(64, np.int64)
+    for _ in range(400):
+        odds = rng.normal(0.5, 2.0, 64)
+        truth = 1 / (1 + np.exp(-odds))
+        shown = 1 / (1 + np.exp(-(0.5 * odds + 0.4)))
+        hit = (rng.random(64) < truth).astype(np.int64)
+        calibration.observe(rows, full, hit, shown[:, None])
+    a, b = calibration.weights[0]
+    assert b == pytest.approx(2.0, abs=0.1)
+    assert a == pytest.approx(-0.8, abs=0.1)
+    assert calibration.error() < 0.03
+    assert 0.8 < calibration.auc() < 0.95
