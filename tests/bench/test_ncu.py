@@ -30,7 +30,7 @@ LONG = """==PROF== Connected to process 77 (/usr/bin/python3.11)
 "1","77","python3.11","127.0.0.1","nwor_confidence","1","7","Command line profiler metrics","dram__bytes_write.sum","byte","n/a"
 "1","77","python3.11","127.0.0.1","nwor_confidence","1","7","Command line profiler metrics","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","37.5"
 ==PROF== Disconnected from process 77
-"""  # noqa: E501
+"""
 WIDE = """==PROF== Connected to process 77
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","dram__bytes_write.sum","gpu__time_duration.sum","launch__occupancy_limit"
 "","","","","","","Mbyte","ns","warp"
