@@ -27,6 +27,7 @@ from nwor_vllm.kernels import (
 X = torch.zeros(2, 8)
 I64, F32 = torch.zeros(2, dtype=torch.int64), torch.ones(2)
 KV, CACHE = torch.zeros(2, 1, 4), torch.zeros(2, 16, 1, 4)
+GAPS = CACHE.repeat_interleave(2, 3)[..., ::2]
 STAGED = torch.zeros(1, 2, 1, 4)
 SLOTS = torch.zeros(2, dtype=torch.int64)
 CONF = Confidence(I64, F32, F32)
