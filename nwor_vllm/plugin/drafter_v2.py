@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.messages import NO_ORDERS, DraftReport, Orders
 from nwor_vllm.plugin.v2_round import DraftRound
 
@@ -47,16 +48,30 @@ class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
         manager = getattr(self, "decode_cudagraph_manager", None)
-        self.nwor_mode = self.nwor_resolve(graphs=manager is not None and bool(manager.cudagraph_mode))
+        self.nwor_mode, why = self.nwor_resolve(graphs=manager is not None and bool(manager.cudagraph_mode))
+        compat.log.info("nwor: V2 drafting is %s: %s", self.nwor_mode, why)
 
-    def nwor_resolve(self, graphs: bool) -> str:
+    def nwor_resolve(self, graphs: bool) -> tuple[str, str]:
         if self.enable_adaptive_verification:
-            return "native"
+            return "native", "vLLM's adaptive verification trims, nwor chooses the draft length"
         parallel = self.vllm_config.parallel_config
-        alone = parallel.pipeline_parallel_size == 1 and self.dp_size == 1 and self.pcp_manager is None
-        if not (self.nwor_exits and alone) or self.use_local_argmax_reduction or self.draft_watermarker is not None:
-            return "length"
-        return "length" if self.nwor_async and graphs else "exact"
+        obstacles = {
+            "a hook is missing": not self.nwor_exits,
+            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+            "data parallelism": self.dp_size > 1,
+            "prefill context parallelism": self.pcp_manager is not None,
+            "use_local_argmax_reduction": self.use_local_argmax_reduction,
+            "watermarking": self.draft_watermarker is not None,
+            "asynchronous scheduling with CUDA graphs; speculative_config.enable_adaptive_verification would trim": (
+                self.nwor_async and graphs
+            ),
+        }
+        for why, true in obstacles.items():
+            if true:
+                return "length", f"drafts are not trimmed ({why})"
+        if graphs:
+            return "exact", "drafts are trimmed one by one; draft loops inside CUDA graphs run to the step's length"
+        return "exact", "drafts are trimmed one by one and their loop ends with the last"
 
     def nwor_k(self, kwargs: dict[str, Any]) -> int:
         k = kwargs.get("num_speculative_tokens")

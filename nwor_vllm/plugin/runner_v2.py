@@ -112,7 +112,9 @@ def adopt(runner: Any) -> None:
         compat.log.info("nwor: %s drafts in one pass: only its length is chosen", type(speculator).__name__)
         return
     speculator.__class__ = elastic(mixin, type(speculator))
-    pads = config.no_write_on_reject and compat.has("no write on reject on the V2 runner")
+    # A KV connector may still read the step's slots after the target's forward.
+    moved = runner.vllm_config.kv_transfer_config is not None
+    pads = config.no_write_on_reject and not moved and compat.has("no write on reject on the V2 runner")
     speculator.nwor_attach(
         pads=pads,
         pad_rejected=compat.v2_pad_rejected() if pads else None,

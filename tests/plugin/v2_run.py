@@ -41,7 +41,8 @@ def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
     prompts = prompts_of(json.loads((target / "config.json").read_text())["vocab_size"])
     with backend.engine(target, None, **SMALL) as llm:
         truth = backend.generate(llm, prompts, **ASK)
-    print(json.dumps({"runner": type(_runner(llm)).__name__, "tokens": sum(map(len, truth))}), flush=True)
+        kind = type(_runner(llm))
+        print(json.dumps({"runner": kind.__name__, "module": kind.__module__}), flush=True)
     for drafter, asynchronous, scene, rules in cells:
         spec = {"method": drafter, "model": pair[drafter], "num_speculative_tokens": K}
         settings = SMALL | SCENES[scene] | {"async_scheduling": asynchronous, "disable_log_stats": False}
