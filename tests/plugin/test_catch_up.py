@@ -8,7 +8,7 @@ pytestmark = pytest.mark.vllm
 
 
 def decode(llm, prompts, pauses, max_tokens=60):
-    """Run step by step; `pauses` are the step numbers at which nothing is drafted. Tokens, and counts while drafting."""
+    """Run step by step; `pauses` are the steps at which nothing is drafted. Tokens, and counts."""
     import vllm
 
     from nwor_vllm.plugin import control

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -47,15 +48,15 @@ def server(folder, *flags, **environ):
         "--max-num-seqs", "16", *flags,
     ]  # fmt: skip
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environ
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    said = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 420
+        deadline = time.monotonic() + 900
         while True:
-            assert process.poll() is None, process.stdout.read().decode()[-3000:]
-            assert time.monotonic() < deadline
+            if process.poll() is not None or time.monotonic() > deadline:
+                said.seek(0)
+                pytest.fail(said.read().decode()[-3000:])
             try:
                 fetch(f"{base}/health")
                 break
@@ -68,6 +69,7 @@ def server(folder, *flags, **environ):
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+        said.close()
 
 
 def fetch(url, body=None, token=None):
@@ -121,15 +123,11 @@ def check(target, drafter, prompts):
         assert ask(base, prompts) == truth
         assert status(f"{base}/nwor", {}) == (401, "send NWOR_CONTROL_TOKEN as a bearer token")
         assert status(f"{base}/nwor", {}, "wrong")[0] == 401
-        assert status(f"{base}/nwor", {"policy": "fixd"}, TOKEN) == (
-            400,
-            "unknown policy 'fixd'; did you mean 'fixed'?",
-        )
+        code, words = status(f"{base}/nwor", {"policy": "fixd"}, TOKEN)
+        assert (code, words) == (400, "unknown policy 'fixd'; did you mean 'fixed'?")
         assert status(f"{base}/nwor", [1], TOKEN)[0] == 400
-        for change in (
-            {"policy": "fixed", "policy_params": {"k": 2}, "early_exit": {"threshold": 0.0}},
-            {"policy": "off"},
-        ):
+        fixed = {"policy": "fixed", "policy_params": {"k": 2}, "early_exit": {"threshold": 0.0}}
+        for change in (fixed, {"policy": "off"}):
             fetch(f"{base}/nwor", change, TOKEN)
             assert ask(base, prompts) == truth
         time.sleep(1.1)
@@ -145,7 +143,7 @@ def check(target, drafter, prompts):
 def pair():
     from nwor_vllm import zoo
 
-    return zoo.path("target"), zoo.path("eagle"), [p["prompt"] for p in zoo.prompts(8, seed=5)]
+    return zoo.path("target"), zoo.path("eagle"), [p["prompt"] for p in zoo.prompts("all", 8, seed=5)]
 
 
 def test_sixty_four_requests_of_all_kinds(pair):

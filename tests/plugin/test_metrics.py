@@ -1,0 +1,99 @@
+"""What is published is what is served, what the dashboard asks for, and what the guide explains."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from nwor_vllm.plugin.counters import Counters, RequestCounts
+from nwor_vllm.plugin.messages import DraftReport
+from nwor_vllm.policy import Round, Step
+
+pytestmark = pytest.mark.vllm  # the metrics module builds on vLLM's logger interface
+
+ROUNDS = [Round("a", 5, 3, 2, (0.9, 0.8, 0.7, 0.2)), Round("b", 5, 5, 5)]
+
+
+@pytest.fixture
+def counters():
+    counts = Counters(draft_row_bytes=10, target_row_bytes=100)
+    counts.report(DraftReport(5, 4, {"a": 3, "b": 5}, rows_written=12, rows_avoided=4), skipped_rows=2, caps={"a": 4})
+    counts.step(Step(ROUNDS, 5, 4, 0.25, requests=2, verified_tokens=10, prefill_tokens=7))
+    return counts
+
+
+def test_counts(counters):
+    assert counters.snapshot() == {
+        "steps": 1,
+        "rounds": 2,
+        "draft_forwards": 4,
+        "draft_forwards_saved": 1,
+        "drafted_tokens": 10,
+        "verified_tokens": 8,
+        "accepted_tokens": 7,
+        "tokens_stopped_by_confidence": 1,  # "a" might have had 4
+        "draft_kv_bytes_written": 120,
+        "draft_kv_bytes_avoided": 40,
+        "target_kv_bytes_written": 1700,
+        "target_kv_bytes_avoided": 200,
+        "step_seconds": 0.25,
+        "length_histogram": {"5": 1},
+        "verified_per_position": [2, 2, 2, 1, 1],
+        "accepted_per_position": [2, 2, 1, 1, 1],
+    }
+
+
+def test_requests_are_bounded(monkeypatch):
+    monkeypatch.setattr(RequestCounts, "KEPT", 3)
+    counts = RequestCounts()
+    for index in range(10):
+        counts.add(Round(f"r{index}", 2, 2, 1))
+    counts.add(Round("r9", 2, 1, 1))
+    assert counts.snapshot()["r9"] == {"rounds": 2, "drafted": 4, "verified": 3, "accepted": 2}
+    assert list(counts.snapshot()) == ["r7", "r8", "r9"]
+
+
+def test_published_counters_are_served_under_the_documented_names(counters, tmp_path):
+    from nwor_vllm.plugin.metrics import NAMES, POLICY, Collector, Publisher
+
+    path = tmp_path / "private" / "engine.json"
+    collector = Collector(path, 0)
+    assert list(collector.collect()) == []
+    publisher = Publisher(path)
+    assert publisher.due
+    publisher.publish(counters.snapshot(), {"k": 5.0}, "fixed")
+    assert not publisher.due
+    samples = [sample for family in collector.collect() for sample in family.samples]
+    assert {sample.name for sample in samples} == NAMES
+    values = {sample.name: sample for sample in samples}
+    assert values["nwor_accepted_tokens_total"].value == 7
+    assert values["nwor_accepted_tokens_by_position_total"].labels == {"engine": "0", "position": "5"}
+    assert values["nwor_steps_by_draft_length_total"].labels == {"engine": "0", "draft_length": "5"}
+    assert values[POLICY].labels == {"engine": "0", "policy": "fixed", "value": "k"}
+    path.write_text('{"counters": ')
+    assert list(collector.collect()) == []
+    publisher.close()
+    assert not path.exists()
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path):
+    from nwor_vllm.plugin.metrics import Publisher
+
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    publisher = Publisher(folder / "engine.json")
+    publisher.publish({}, {}, "fixed")
+    assert list(folder.iterdir()) == []
+
+
+def test_the_dashboard_and_the_guide_use_names_that_exist(root):
+    from nwor_vllm.plugin.metrics import NAMES
+
+    dashboard = json.loads((root / "docs/grafana/nwor.json").read_text())
+    asked = {name for p in dashboard["panels"] for t in p["targets"] for name in re.findall(r"nwor_\w+", t["expr"])}
+    assert asked == NAMES
+    guide = set(re.findall(r"`(nwor_\w+)`", (root / "docs/serving.md").read_text())) - {"nwor_vllm"}
+    assert guide == NAMES
