@@ -63,6 +63,7 @@ def train(
     checkpoint: Path,
     compile_loss: bool = True,
     report: Callable[[int, float], None] | None = None,
+    save_every_s: float = CHECKPOINT_S,
 ) -> None:
     """Trains `module` in place. Data depends on the step alone, so a resumed run sees what it would have seen."""
     found = optimisers(module, stage)
@@ -93,7 +94,7 @@ def train(
             bar.set_postfix(loss=f"{value.item():.3f}")
             if report is not None:
                 report(step, value.item())
-        if time.monotonic() - saved_at > CHECKPOINT_S or step + 1 == stage.steps:
+        if time.monotonic() - saved_at >= save_every_s or step + 1 == stage.steps:
             states = [optimiser.state_dict() for optimiser in found]
             _save(
                 checkpoint,
