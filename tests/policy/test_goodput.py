@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nwor_vllm.policy import Plan, Round, Step, make_policy
+from nwor_vllm.policy.goodput import Goodput, GoodputParams
+
+LADDER = (0, 1, 2, 3, 5, 8)
+Once = Callable[..., Plan]
+
+
+def build(**params: object) -> Goodput:
+    policy = make_policy("goodput", GoodputParams(**params), LADDER)  # type: ignore[arg-type]
+    assert isinstance(policy, Goodput)
+    return policy
+
+
+def lengths(step_once: Once, hazard: float, steps: int = 200, **params: object) -> list[int]:
+    rng, policy = np.random.default_rng(0), build(confidence=False, **params)
+    return [step_once(policy, ["a", "b"], [[hazard] * 8] * 2, rng).k for _ in range(steps)]
+
+
+def test_drafts_deep_on_predictable_text_shallow_on_hard_and_not_at_all_on_hopeless(step_once: Once) -> None:
+    deep, shallow, none = (np.median(lengths(step_once, h)[100:]) for h in (0.95, 0.5, 0.02))
+    assert deep >= 5
+    assert 1 <= shallow <= 3
+    assert none == 0
+
+
+def test_zero_is_probed_ever_more_rarely_and_left_when_drafts_become_good(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build()
+    for _ in range(400):
+        step_once(policy, ["a", "b"], [[0.02] * 8] * 2, rng)
+    late = [step_once(policy, ["a", "b"], [[0.02] * 8] * 2, rng).k for _ in range(400)]
+    assert 0 < np.count_nonzero(late) < 20
+    back = [step_once(policy, ["a", "b"], [[0.95] * 8] * 2, rng).k for _ in range(1500)]
+    assert np.median(back[-100:]) >= 3
+
+
+def test_a_hopeless_request_in_a_good_batch_is_capped(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build(confidence=False, guard=False)
+    ids = [f"good{i}" for i in range(7)] + ["poor"]
+    hazards = [[0.95] * 8] * 7 + [[0.02] * 8]
+    for _ in range(150):
+        plan = step_once(policy, ids, hazards, rng)
+    policy.visit = 10**9
+    plan = policy.plan(ids)
+    assert plan.k >= 3
+    assert plan.caps.get("poor", plan.k) <= 1
+    assert all(plan.caps.get(i, plan.k) == plan.k for i in ids[:7])
+
+
+def test_with_confidence_it_gives_the_drafter_a_stop_rule_and_uses_it_only_if_obeyed(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build(guard=False)
+    for _ in range(120):  # an engine that always drafts to the end
+        plan = step_once(policy, ["a"], [[0.9, 0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]], rng)
+    assert policy.honoured < 0.5
+    policy.visit = 10**9
+    plan = policy.plan(["a"])
+    assert plan.stop is not None
+    assert plan.stop.draft_cost > 0
+    assert plan.k < 8  # it must choose the length itself
+    policy.honoured = 1.0
+    assert policy.plan(["a"]).k == 8  # the drafter stops by itself
+
+
+def test_worthless_drafts_cost_less_than_one_percent_after_the_start(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build()
+    ids, hazards = ["a", "b", "c", "d"], [[0.01] * 8] * 4
+    for _ in range(200):
+        step_once(policy, ids, hazards, rng)
+    taken = [step_once(policy, ids, hazards, rng).k for _ in range(1000)]
+    extra = sum(0.1 * k + 0.04 * k for k in taken) / (1000 * 1.04)
+    assert extra < 0.01
+
+
+def test_forgotten_requests_leave_nothing_behind() -> None:
+    policy = build()
+    for i in range(500):
+        policy.plan([f"r{i}", f"r{i + 1}"])
+        policy.observe(Step([Round(f"r{i}", 2, 2, 1)], 2, 2, 1.0, 1, 3))
+        policy.forget(f"r{i}")
+    assert set(policy.slots.row) == {"r500"}
+    assert policy.slots.size == 64
