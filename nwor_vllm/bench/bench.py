@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from nwor_vllm.bench import plan, record
+from nwor_vllm.bench import plan, record, study
+from nwor_vllm.bench.grid import Grid
 from nwor_vllm.bench.measure import Session, run_group
 from nwor_vllm.bench.metrics import Objective
 from nwor_vllm.bench.ncu import profile
 from nwor_vllm.bench.plan import Planned
-from nwor_vllm.bench.provenance import REPRODUCIBLE
-from nwor_vllm.errors import NworError
+from nwor_vllm.bench.provenance import REPRODUCIBLE, require_models
+from nwor_vllm.errors import ConfigError, NworError
 
 HEARTBEAT_S = 60.0
 
@@ -32,7 +33,11 @@ class Busy(NworError):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    plan.add_grid_flags(parser)
+    plan.add_grid_flags(parser, optional=True)
+    parser.add_argument("--benchmark", type=Path, help="instead of a grid: a JSONL or ShareGPT file, run once")
+    parser.add_argument("--config", type=Path, help="with --benchmark: model, generation, engine, speculative_decoding")
+    parser.add_argument("--model", help="with --benchmark: the target, over the one in --config")
+    parser.add_argument("--output-dir", type=Path, help="with --benchmark: metrics.json, responses.jsonl, config.yaml")
     parser.add_argument("--group", help="only this engine group (as `nwor plan --groups` prints them)")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     parser.add_argument("--ttft-ms", type=float, help="objective for goodput: time to first token")
@@ -90,7 +95,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    grid, out = plan.resolve(args, os.environ)
+    grid, out = _what(args)
     limit = 10**9 if args.retry_failed else record.MAX_ATTEMPTS
     planned = plan.examine_all(grid, out, args.only, limit)
     if args.dry_run:
@@ -112,6 +117,19 @@ def run(args: argparse.Namespace) -> int:
     for item in failed:
         print(f"nwor: failed: {item.path}", file=sys.stderr)
     return 1 if failed else _exhausted(planned, args.group)
+
+
+def _what(args: argparse.Namespace) -> tuple[Grid, Path]:
+    if (args.grid is None) == (args.benchmark is None):
+        raise ConfigError("name a GRID.yaml, or --benchmark FILE with --output-dir")
+    if args.grid is not None:
+        return plan.resolve(args, os.environ)
+    if args.output_dir is None:
+        raise ConfigError("--benchmark needs --output-dir")
+    args.only = ""
+    grid, out = study.load(args.benchmark, args.config, args.model, args.output_dir)
+    require_models(grid.cells)
+    return grid, out
 
 
 def _chosen(planned: list[Planned], group: str | None) -> list[Planned]:

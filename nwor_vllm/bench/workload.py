@@ -28,7 +28,7 @@ class Prompt:
 class Workload:
     warmup: tuple[tuple[Prompt, ...], ...]
     batches: tuple[tuple[Prompt, ...], ...]
-    repeats: bool  # the source has fewer prompts than the run needs
+    repeats: bool  # the source has fewer prompts than the measured batches need
 
 
 def build(cell: Cell) -> Workload:
@@ -42,7 +42,7 @@ def build(cell: Cell) -> Workload:
     prompts = [_numbered(pool[i % len(pool)], i, len(pool), cell.seed) for i in range(needed)]
     size = cell.requests
     batches = [tuple(prompts[i : i + size]) for i in range(0, needed, size)]
-    return Workload(tuple(batches[cell.batches :]), tuple(batches[: cell.batches]), needed > len(pool))
+    return Workload(tuple(batches[cell.batches :]), tuple(batches[: cell.batches]), size * cell.batches > len(pool))
 
 
 def _numbered(source: tuple[str, str, str], index: int, pool: int, seed: int) -> Prompt:

@@ -45,11 +45,11 @@ def test_mixed_holds_every_domain_and_random_none() -> None:
 def test_a_small_file_is_repeated_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"prompt {i}"}) for i in range(20)), encoding="utf-8")
-    work = workload.build(cell(dataset=str(path)))
+    work = workload.build(cell(dataset=str(path), batches=4))
     assert work.repeats
     names = [p.id for b in (*work.batches, *work.warmup) for p in b]
-    assert len(set(names)) == len(names) == 30
-    assert not workload.build(cell(dataset=str(path), batches=2, warmup_batches=1)).repeats
+    assert len(set(names)) == len(names) == 36
+    assert not workload.build(cell(dataset=str(path))).repeats
 
 
 def test_jsonl_and_sharegpt(tmp_path: Path) -> None:
