@@ -39,6 +39,7 @@ VARIABLES = {
     "NWOR_DISABLE": "`1` leaves stock vLLM untouched, whatever else is set",
     "NWOR_CONTROL_TOKEN": "the bearer token of the control endpoint, which is not served without one",
     "NWOR_ENV": "for the scripts: `current` (the active environment), `cpu`, `gpu`; empty = look for a GPU",
+    "NWOR_ZOO": "a folder that `nwor zoo build` wrote, instead of the embedded pair of the package",
 }
 
 

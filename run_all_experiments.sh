@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The three grids in order: 27 runs. Sets the machine up first if it is fresh, goes on after a failure, resumes.
+#
+#   TARGET_MODEL=... DRAFT_MODEL=... TENSOR_PARALLEL_SIZE=... PROFILE=embedded|quick|full NUM_SEEDS=... ONLY=... ./run_all_experiments.sh
+#   ./run_all_experiments.sh --dry-run    what would run, and why
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/lib.sh
+[[ $# -eq 0 || "$*" == --dry-run ]] || die "unknown argument '$*'; expected --dry-run or nothing"
+
+./scripts/bootstrap.sh </dev/null
+enter_env
+need jq
+need bc
+export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+
+mkdir -p sweeps
+failed=() child=
+# In the background and waited for: bash runs a trap only between foreground commands.
+trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 130' INT TERM
+for grid in adaptive_grid early_exit_grid oneoff_scenarios; do
+    say "== $grid"
+    "./run_$grid.sh" "$@" > >(tee -a sweeps/master_experiment.log) 2>&1 </dev/null &
+    child=$!
+    wait "$child" || failed+=("$grid")
+    child=
+done
+((${#failed[@]} == 0)) || die "not complete: ${failed[*]}; what failed is tried again by the next call"
+[[ $# -gt 0 ]] || nwor compare sweeps/adaptive_grid
