@@ -126,9 +126,9 @@ def check_inputs(
 def outputs(like: torch.Tensor, margin: bool, entropy: bool, out: Confidence | None) -> Confidence:
     rows = like.shape[0]
     if out is None:
-        fresh = [torch.empty(rows, dtype=torch.float32, device=like.device) for _ in range(2 + margin + entropy)]
+        prob, odds, gap, nats = (torch.empty(rows, dtype=torch.float32, device=like.device) for _ in range(4))
         token = torch.empty(rows, dtype=torch.int64, device=like.device)
-        return Confidence(token, *fresh[:2], fresh[2] if margin else None, fresh[-1] if entropy else None)
+        return Confidence(token, prob, odds, gap if margin else None, nats if entropy else None)
     for name, wanted in (
         ("token", True),
         ("max_prob", True),
