@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from nwor_vllm import zoo
 from nwor_vllm.bench.backends import vllm as backend
 
-K, REQUESTS, MAX_TOKENS = 5, 5, 14
+K, MAX_TOKENS = 5, 16
 ASK = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
-SMALL = {"max_model_len": 128, "max_num_seqs": 4, "block_size": 32}
+SMALL = {"max_model_len": 192, "max_num_seqs": 4, "block_size": 32}
 SCENES: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunked prefill": {"max_num_batched_tokens": 32},
     "prefix cache": {"enable_prefix_caching": True},
-    "preemption": {"num_gpu_blocks_override": 6},
+    "preemption": {"num_gpu_blocks_override": 8},
 }
 RULES: dict[str, dict[str, Any]] = {
     "fixed": {"policy": "fixed", "policy_params": {"k": K}, "early_exit": {"threshold": 0.0, "min_survival": 0.0}},
@@ -29,16 +31,20 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def prompts_of(vocab: int) -> list[tuple[int, ...]]:
-    rng = random.Random(3)
-    shared = tuple(rng.randrange(2, vocab) for _ in range(34))
-    rows = [tuple(rng.randrange(2, vocab) for _ in range(rng.randrange(3, 24))) for _ in range(REQUESTS)]
-    return [shared + row if index % 2 else row for index, row in enumerate(rows)]
+def prompts_of(target: Path) -> list[tuple[int, ...]]:
+    """Chats of unlike predictability; the last is the first again, so that a prefix cache has something to find."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    rows = []
+    for domain in ("retrieval", "code", "creative", "arithmetic"):
+        chat = [{"role": "user", "content": zoo.prompts(domain, 1)[0]["prompt"]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        rows.append(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return [*rows, rows[0]]
 
 
 def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
     target = Path(pair["target"])
-    prompts = prompts_of(json.loads((target / "config.json").read_text())["vocab_size"])
+    prompts = prompts_of(target)
     with backend.engine(target, None, **SMALL) as llm:
         truth = backend.generate(llm, prompts, **ASK)
         kind = type(_runner(llm))
