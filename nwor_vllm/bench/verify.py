@@ -9,7 +9,10 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "preemption": {"num_gpu_blocks_override": 9},
 }
 K, MAX_TOKENS, REQUESTS = 5, 32, 12
+RUNNERS = ("v1", "v2")
 MIN_CONTROL_Z = 6.0
 LIMIT_Z = 3.5
 
@@ -66,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=20000, help="continuations per rule at temperature 1")
     parser.add_argument("--seed", type=int, default=0, help="which combinations are sampled")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--runner", choices=RUNNERS, help="vLLM's model runner; default v1, with --full both")
     parser.add_argument("--target", type=Path, help="a model folder in place of the embedded target")
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="METHOD=DIR", help="its drafters, with --target; repeatable"
@@ -84,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
 
         check(verdict, args.samples, not args.json)
     else:
-        identity(verdict, pair_of(args), combinations(args.full, args.seed), not args.json)
+        if args.runner != "v2":
+            identity(verdict, pair_of(args), combinations(args.full, args.seed), not args.json)
+        if args.runner == "v2" or (args.full and args.runner is None):
+            on_v2(verdict, args)
     verdict.seconds = round(time.monotonic() - started, 1)
     show(verdict, args.json)
     return 0 if verdict.passed else 1
@@ -117,6 +125,30 @@ def pair_of(args: argparse.Namespace) -> Pair:
     if not drafters:
         raise ConfigError("--target needs at least one --drafter METHOD=DIR")
     return Pair(args.target, drafters, _vocab(args.target))
+
+
+def on_v2(verdict: Verdict, args: argparse.Namespace) -> None:
+    """The same on the V2 runner. Without a GPU its kernels are interpreted, which takes a process of its own."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # this is that process
+        identity(verdict, pair_of(args), combinations(args.full, args.seed), not args.json)
+        return
+    command = [sys.executable, "-m", "nwor_vllm.plugin.v2_interpreter", "nwor_vllm.bench.cli", "verify"]
+    command += ["--json", "--runner", "v2", "--seed", str(args.seed), *(["--full"] if args.full else [])]
+    command += ["--target", str(args.target)] if args.target is not None else []
+    command += [part for drafter in args.drafter for part in ("--drafter", drafter)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"compared"')]
+    if not lines:
+        raise MissingError(f"the check of the V2 runner ended with code {done.returncode} and no result; see above")
+    found = json.loads(lines[-1])
+    both = [c for c in (verdict.negative_control_caught, found["negative_control_caught"]) if c is not None]
+    verdict.compared += found["compared"]
+    verdict.differences += found["differences"]
+    verdict.negative_control_caught = all(both) if both else None
+    for row in found["checks"]:
+        verdict.checks.append(row | {"runner": "v2"})
+        if not args.json:
+            print(f"v2 {_line(row)}", flush=True)
 
 
 def _vocab(target: Path) -> int:
