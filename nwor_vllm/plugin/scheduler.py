@@ -69,7 +69,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def nwor_make(self, config: NworConfig) -> Policy:
         ladder = ladder_of(config, self.num_spec_tokens) if self.nwor_dynamic else (self.num_spec_tokens,)
-        return make_policy(config.policy, config.params(), ladder)
+        return make_policy(config.policy, config.params(), ladder, config.cost_profile)
 
     # Planning
 
