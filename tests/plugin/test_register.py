@@ -107,7 +107,7 @@ def test_every_hook_of_this_vllm_is_there_and_revert_puts_all_back():
     )
     assert same
     assert [row for row in rows if not row[2]] == []
-    assert {row[0] for row in rows} == {"register", "engine", "worker"}
+    assert {row[0] for row in rows} >= {"register", "engine", "worker"}
 
 
 @pytest.mark.vllm

@@ -48,7 +48,7 @@ def server(folder, *flags, **environ):
         "--max-num-seqs", "16", *flags,
     ]  # fmt: skip
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environ
-    said = tempfile.TemporaryFile()
+    said = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, after the server that writes to it
     process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"
     try:
