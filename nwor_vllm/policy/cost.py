@@ -70,7 +70,8 @@ class Cost:
         weights = self.weights if self.seen else PRIOR_SHARES
         base = self.features(requests, verified, steps, context) @ weights
         place = FINE * np.log2(np.maximum(verified, 1.0))
-        return np.maximum(base * np.interp(place, PLACES, self.correction[_row(requests)]), SHORTEST)
+        seconds = base * np.interp(place, PLACES, self.correction[_row(requests)])
+        return np.asarray(np.maximum(seconds, SHORTEST))
 
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step."""
