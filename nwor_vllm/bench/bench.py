@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -70,24 +70,36 @@ def heartbeat(estimate_s: float | None, every_s: float = HEARTBEAT_S) -> Iterato
 
 
 @contextmanager
-def locked(out: Path, wait: bool) -> Iterator[None]:
-    """One process a grid. The kernel frees the lock when its holder dies, however it dies."""
+def locked(out: Path, wait: bool, group: str | None = None) -> Iterator[None]:
+    """One process a grid, or one an engine group. The kernel frees a lock when its holder dies, however it dies."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a", encoding="utf-8") as file:
+    with ExitStack() as held:
+        held.enter_context(_lock(out, ".lock", fcntl.LOCK_EX if group is None else fcntl.LOCK_SH, wait))
+        if group is not None:
+            held.enter_context(_lock(out, f".lock.{group}", fcntl.LOCK_EX, wait))
+        yield
+
+
+@contextmanager
+def _lock(out: Path, name: str, kind: int, wait: bool) -> Iterator[None]:
+    with (out / name).open("a", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 raise Busy(f"{out} is being worked on by another process; wait for it, or use --wait") from None
             say(f"{out} is being worked on by another process: waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         yield
 
 
-def sweep_temporaries(out: Path) -> None:
-    """Of a process that was killed; whoever holds the lock knows that nobody writes now."""
-    for left in out.rglob("*.partial"):
-        left.unlink()
+def sweep_temporaries(planned: Sequence[Planned]) -> None:
+    """Of a process that was killed; whoever holds the lock knows that nobody writes them now."""
+    for item in planned:
+        for place in (item.path, item.path.with_suffix(".md")):
+            place.with_name(place.name + ".partial").unlink(missing_ok=True)
+        for left in item.path.with_suffix("").glob("*.partial"):
+            left.unlink()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -102,11 +114,11 @@ def run(args: argparse.Namespace) -> int:
         for item in _chosen(planned, args.group):
             say(f"would run {item.cell.file} ({item.why})")
         return 0
-    with locked(out, args.wait):
-        sweep_temporaries(out)
+    with locked(out, args.wait, args.group):
         # Again, under the lock: while we waited, another process may have finished them.
         planned = plan.examine_all(grid, out, args.only, limit)
         chosen = _chosen(planned, args.group)
+        sweep_temporaries(chosen)
         if not chosen:
             say(f"{grid.name}: nothing to run, {sum(p.state == 'done' for p in planned)} of {len(planned)} done")
             return _exhausted(planned, args.group)

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nwor_vllm.bench.doctor", "say what works on this machine, and what to do where it does not"),
     "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
     "bench": ("nwor_vllm.bench.bench", "measure what a grid lacks: arms interleaved in one engine, a record a run"),
+    "sweep": ("nwor_vllm.bench.sweep", "grids over the devices of this machine, an engine group at a time on each"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
     "verify": ("nwor_vllm.bench.verify", "prove that the output is the target's own, with planted mistakes as controls"),
     "simulate": ("nwor_vllm.bench.simulate", "replay acceptance traces: a policy against its oracles"),

@@ -51,7 +51,7 @@ def hardware() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpus": gpus(),
+        "gpus": sorted(set(gpus())),  # kinds: a sweep gives each engine other devices of the same kind
     }
 
 

@@ -86,9 +86,10 @@ def session(driver: Scripted, say: Any = lambda text: None) -> Session:
 def run_grid(path: Path, out: Path, driver: Scripted, only: str = "") -> list[plan.Planned]:
     loaded = grid.load(path, "embedded", models(out.parent / "models"))
     with bench.locked(out, wait=False):
-        bench.sweep_temporaries(out)
         groups: dict[str, list[plan.Planned]] = {}
-        for item in plan.examine_all(loaded, out, only):
+        planned = plan.examine_all(loaded, out, only)
+        bench.sweep_temporaries([item for item in planned if item.runnable])
+        for item in planned:
             if item.runnable:
                 groups.setdefault(item.cell.engine.group, []).append(item)
         return [item for group in groups.values() for item in run_group(group, session(driver))]

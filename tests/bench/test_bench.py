@@ -16,7 +16,6 @@ from types import ModuleType
 import pytest
 
 from nwor_vllm.bench import arms, bench, grid, plan, record
-from nwor_vllm.errors import CorruptFileError
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTIVE = ROOT / "sweeps_config" / "adaptive_grid.yaml"
@@ -170,14 +169,12 @@ def test_killed_at_thirty_moments_the_set_is_the_undisturbed_one(small: Path, tm
     assert not list(out.rglob("*.partial"))
 
 
-def test_a_killed_writer_leaves_no_half_record(finished: Path, tmp_path: Path) -> None:
-    source = finished / "sweeps/oneoff_scenarios/scenario_b_chatbot.json"
-    partial = tmp_path / "x.json.partial"
-    partial.write_text(source.read_text(encoding="utf-8")[:99], encoding="utf-8")
-    with pytest.raises(CorruptFileError):
-        record.read(partial)
-    bench.sweep_temporaries(tmp_path)
-    assert not partial.exists()
+def test_engine_groups_of_a_grid_may_run_side_by_side_but_not_with_all_of_it(tmp_path: Path) -> None:
+    with bench.locked(tmp_path, False, "a"), bench.locked(tmp_path, False, "b"):
+        with pytest.raises(bench.Busy), bench.locked(tmp_path, False):
+            pass
+        with pytest.raises(bench.Busy), bench.locked(tmp_path, False, "a"):
+            pass
 
 
 def test_settings_that_reach_the_plugin() -> None:
