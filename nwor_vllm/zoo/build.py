@@ -21,7 +21,7 @@ from nwor_vllm.zoo.losses import Loss, distillation_loss, language_loss, unrolle
 from nwor_vllm.zoo.tokenizer import save_tokenizer, train_tokenizer
 from nwor_vllm.zoo.training import Stage, train
 
-TARGET_STEPS = 1500
+TARGET_STEPS = 700
 DRAFT_VOCAB = 1024
 TARGET = Shape()
 HEAD = Shape(layers=1, ffn=384)
