@@ -93,6 +93,7 @@ def write_head(folder: Path, head: Head, tokenizer_from: Path) -> None:
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS),
         }
+        config["eagle_aux_hidden_state_layer_ids"] = list(AUX_LAYERS)  # where vLLM's V2 runner looks for them
     write_folder(folder, config, head.published(), tokenizer_from)
 
 
