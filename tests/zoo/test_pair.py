@@ -75,12 +75,16 @@ def measure(engine, drafter):
 
 @pytest.fixture(scope="module")
 def measured():
+    """n-gram drafting loads numba, after which no other engine starts in the process: it gets one of its own."""
     from nwor_vllm.plugin import compat
 
     compat.fix_cpu_expand()
     results = {}
     for drafter in SPECULATIVE:
-        results[drafter] = measure(Engine(drafter), drafter)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if drafter == "ngram" else "0")
+            patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+            results[drafter] = measure(Engine(drafter), drafter)
         gc.collect()
     return results
 
