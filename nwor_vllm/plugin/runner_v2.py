@@ -111,7 +111,8 @@ def adopt(runner: Any) -> None:
     else:
         compat.log.info("nwor: %s drafts in one pass: only its length is chosen", type(speculator).__name__)
         return
-    speculator.__class__ = elastic(mixin, type(speculator))
+    stock: Any = type(speculator)
+    speculator.__class__ = elastic(mixin, stock)
     # A KV connector may still read the step's slots after the target's forward.
     moved = runner.vllm_config.kv_transfer_config is not None
     pads = config.no_write_on_reject and not moved and compat.has("no write on reject on the V2 runner")
@@ -120,7 +121,8 @@ def adopt(runner: Any) -> None:
         pad_rejected=compat.v2_pad_rejected() if pads else None,
         exits=compat.has("early exit on the V2 runner"),
     )
-    runner.__class__ = _elastic_runner(type(runner))
+    stock = type(runner)
+    runner.__class__ = _elastic_runner(stock)
     runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows, runner.nwor_report = {}, {}, [0, 0], None
 
 

@@ -54,7 +54,8 @@ class DraftRound:
     def score(self, logits: torch.Tensor, step: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         """Judge draft position `step` (a device scalar) of every row; who drafts on. Graph-safe: nothing waits."""
         confidence_and_stop(logits, self.state, step, temperature=temperature, workspace=self.workspace)
-        return self.state.alive[: logits.shape[0]]
+        alive: torch.Tensor = self.state.alive[: logits.shape[0]]
+        return alive
 
     def exhausted(self) -> bool:
         """Whether nobody drafts on. Waits for the device."""
