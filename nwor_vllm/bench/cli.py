@@ -19,7 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("nwor_vllm.bench.bench", "measure what a grid lacks: arms interleaved in one engine, a record a run"),
     "sweep": ("nwor_vllm.bench.sweep", "grids over the devices of this machine, an engine group at a time on each"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
-    "verify": ("nwor_vllm.bench.verify", "prove that the output is the target's own, with planted mistakes as controls"),
+    "verify": (
+        "nwor_vllm.bench.verify",
+        "prove that the output is the target's own, with planted mistakes as controls",
+    ),
     "simulate": ("nwor_vllm.bench.simulate", "replay acceptance traces: a policy against its oracles"),
     "zoo": ("nwor_vllm.zoo.cli", "the embedded pair: build, path, list, prompts; scripted pairs of any shape"),
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from nwor_vllm.bench import plan, provenance
+from nwor_vllm.bench import plan, provenance, record
 from nwor_vllm.bench.bench import say
 from nwor_vllm.errors import ConfigError
 
@@ -56,11 +56,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Job]:
-    found = []
+    found: list[Job] = []
     for path in (args.grid, *args.more):
         single = argparse.Namespace(**{**vars(args), "grid": path})
         grid, out = plan.resolve(single, environ)
-        limit = 10**9 if args.retry_failed else plan.record.MAX_ATTEMPTS
+        limit = 10**9 if args.retry_failed else record.MAX_ATTEMPTS
         pending: dict[str, Job] = {}
         for item in plan.examine_all(grid, out, single.only, limit):
             if item.runnable:
