@@ -90,7 +90,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_grid_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The flags that `plan` and `bench` share. Flag > environment > grid file > default."""
-    parser.add_argument("grid", type=Path, metavar="GRID.yaml", nargs="?" if optional else None)
+    parser.add_argument(
+        "grid", type=Path, metavar="GRID.yaml", nargs="?" if optional else None, help="a grid of sweeps_config/"
+    )
     parser.add_argument("--out", type=Path, help="where the records go (default: the grid's own folder)")
     parser.add_argument("--profile", choices=grids.PROFILES, help="PROFILE; default: full with a GPU, else embedded")
     parser.add_argument("--target", help="TARGET_MODEL: folder, hub id or zoo:NAME")
