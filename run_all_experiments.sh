@@ -15,15 +15,18 @@ need bc
 export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 
 mkdir -p sweeps
-failed=() child=
+exec 7> >(tee -a sweeps/master_experiment.log)
+tee=$! failed=() child=
 # In the background and waited for: bash runs a trap only between foreground commands.
 trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 130' INT TERM
 for grid in adaptive_grid early_exit_grid oneoff_scenarios; do
     say "== $grid"
-    "./run_$grid.sh" "$@" > >(tee -a sweeps/master_experiment.log) 2>&1 </dev/null &
+    "./run_$grid.sh" "$@" >&7 2>&1 </dev/null 7>&- &
     child=$!
     wait "$child" || failed+=("$grid")
     child=
 done
+exec 7>&-
+wait "$tee" # so that the log is whole, and on the screen, before the last word
 ((${#failed[@]} == 0)) || die "not complete: ${failed[*]}; what failed is tried again by the next call"
 [[ $# -gt 0 ]] || nwor compare sweeps/adaptive_grid

@@ -56,6 +56,7 @@ PRIVATE_FILES = {
     "nwor_vllm.plugin.compat": "the table of what is hooked",
     "nwor_vllm.plugin.scheduler": "subclasses the schedulers, so it is only ever imported where vLLM has them",
     "nwor_vllm.plugin.control": "reaches the engine core, as the feature `run-time control` of that table probes",
+    "nwor_vllm.plugin.metrics": "implements the interface that the entry point group of stat loggers asks for",
     "nwor_vllm.bench.backends.vllm": "plants a wrong rule in the sampler, which the proof of losslessness must catch",
 }
 
