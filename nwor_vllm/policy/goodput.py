@@ -254,7 +254,7 @@ class Goodput:
             kept = float(verified.sum()) / n
             self.kept = kept if self.kept < 0 else self.kept + 0.1 * (kept - self.kept)
             achieved = tokens * self.ratio / (seconds * self.rate)
-            self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.8), 1.5)
+            self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 
     def seed_cost(self, rows: Iterable[Sequence[float]]) -> None:
         """Start with a stored profile's step times (`policy.profile.read(path).rows`) instead of guesses."""

@@ -60,7 +60,7 @@ def rounds_left(trace: Trace, k: int) -> Ints:
     return left
 
 
-def clairvoyant(load: Load, curve: Curve, base: int, rounds: int = 3) -> float:
+def clairvoyant(load: Load, curve: Curve, base: int, rounds: int = 2) -> float:
     """The best draft length and trim of every step, knowing what would be kept, valued by the rounds saved later on.
 
     The value of a position is the number of rounds the fixed length `base` would still need from there: one exact
@@ -124,8 +124,7 @@ def o3(load: Load, curve: Curve, rates: dict[int, float]) -> float:
     if load.batch == 1 and not load.batches:
         return exact_single(load, curve)
     first = sorted(rates, key=lambda k: -rates[k])[:2]
-    bases = sorted({*first, max(rates)})
-    return max(max(rates.values()), *(clairvoyant(load, curve, k) for k in bases))
+    return max(max(rates.values()), *(clairvoyant(load, curve, k) for k in first))
 
 
 def o2(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
