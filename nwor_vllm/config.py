@@ -107,16 +107,16 @@ def load(additional_config: Any, environ: Mapping[str, str]) -> NworConfig | Non
     given = additional_config.get("nwor") if isinstance(additional_config, Mapping) else None
     if given is None or given is False:
         return None
+    if given is True:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"additional_config.nwor is {given!r}; expected an object of settings, true or false")
     merged = _from_environ(environ)
-    for key, value in ({} if given is True else given).items() if isinstance(given, Mapping | bool) else _bad(given):
+    for key, value in given.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = {**merged[key], **value} if both else value
     config: NworConfig = from_mapping(NworConfig, merged)
     return config if config.enabled else None
-
-
-def _bad(given: Any) -> typing.NoReturn:
-    raise ConfigError(f"additional_config.nwor is {given!r}; expected an object of settings, true or false")
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
