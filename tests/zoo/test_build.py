@@ -44,7 +44,7 @@ def test_a_stopped_training_ends_with_the_same_weights(tokenizer, tmp_path):
             if step == stop_at:
                 raise KeyboardInterrupt
 
-        stage = Stage("test", 42)
+        stage = Stage("test", 24)
         train(
             stage, model, language_loss(model), tokenizer, checkpoint, compile_loss=False, report=stop, save_every_s=0
         )
