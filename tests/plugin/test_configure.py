@@ -38,6 +38,10 @@ def test_absent_settings_change_nothing(tiny):
 
 @pytest.mark.parametrize(("asynchronous", "name"), [(True, "ElasticAsyncScheduler"), (False, "ElasticScheduler")])
 def test_scheduler_ladder_and_worker_are_declared(tiny, asynchronous, name):
+    from nwor_vllm.plugin import compat
+
+    if asynchronous:
+        compat.allow_async_on_cpu()
     config = configured(tiny, {"policy": "fixed"}, async_scheduling=asynchronous)
     assert config.scheduler_config.scheduler_cls == f"nwor_vllm.plugin.scheduler.{name}"
     assert config.scheduler_config.get_scheduler_cls().__name__ == name
