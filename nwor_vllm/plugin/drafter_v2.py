@@ -144,7 +144,7 @@ class ElasticTargetDependent(ElasticDrafter):
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
         n, k = input_batch.num_reqs, self.nwor_k(kwargs)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
-        if self.nwor_pad_rejected is not None:
+        if self.nwor_pad_rejected is not None and self.pcp_manager is None:  # partitioned prefills have other slots
             # The target has read its slots; what is left of them serves the draft prefill only.
             last = input_batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
             self.nwor_pad_rejected(self.block_tables.slot_mappings, input_batch.query_start_loc, last, n)
