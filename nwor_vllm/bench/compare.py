@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,9 +129,9 @@ def _by_settings(folder: Path) -> dict[str, Path]:
 
 
 def adaptive_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Every `*_adaptive0.json` with its `*_adaptive1.json`."""
+    """Every `*_adaptive0*.json` with its `*_adaptive1*.json`."""
     pairs = [
-        (p, p.with_name(p.name.replace("_adaptive0", "_adaptive1"))) for p in sorted(folder.glob("*_adaptive0.json"))
+        (p, p.with_name(p.name.replace("_adaptive0", "_adaptive1"))) for p in sorted(folder.glob("*_adaptive0*.json"))
     ]
     found = [(a, b) for a, b in pairs if b.exists()]
     if not found:
@@ -141,12 +142,14 @@ def adaptive_pairs(folder: Path) -> list[tuple[Path, Path]]:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, help="a record, or a folder of records: the baseline")
     parser.add_argument("b", type=Path, nargs="?", help="what is compared with it; left out: the adaptive pairs in A")
-    parser.add_argument("--metric", choices=METRICS, default="latency")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--metric", choices=METRICS, default="latency", help="what is compared (default latency)")
+    parser.add_argument("--json", action="store_true", help="for tools: one object")
 
 
 def run(args: argparse.Namespace) -> int:
     pairs = find_pairs(args.a, args.b) if args.b is not None else adaptive_pairs(args.a)
+    if args.a.is_dir():
+        pairs = [pair for pair in pairs if _usable(pair)]
     rows = compare_records(pairs, args.metric)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False))
@@ -154,6 +157,17 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         print(sentence(row))
     return 0
+
+
+def _usable(pair: tuple[Path, Path]) -> bool:
+    """A failed run leaves its pair out of a folder's comparison, and says so."""
+    try:
+        for path in pair:
+            subject(read(path), str(path))
+    except CorruptFileError as error:
+        print(f"nwor: left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def sentence(row: Comparison) -> str:

@@ -174,11 +174,12 @@ def _finish(panel: Panel, driver: Driver, session: Session, started: float, prob
             ncu = profiled.beside_clock(item.cell, results)
             modes.append(metrics.summarise(arm.label(role), results, session.objective, ncu, profiled.totals))
         reasons = {"failure": "the run is done"} | ({"peak_memory_bytes": why} if peak is None else {})
+        compared = ratios(item.cell, modes)
         share = (time.time() - started) / len(panel.planned)
         done = _base(item, session, started, share) | {
             "status": "done", "summary": record.Summary(per_mode=modes), "peak_memory_bytes": peak,
-            "comparisons": ratios(item.cell, modes), "failure": None, "reasons": reasons,
-            "flags": panel.flags, "warmup": panel.warmup,
+            "comparisons": compared, "failure": None, "reasons": reasons,
+            "flags": panel.flags + lossy(item.cell, compared), "warmup": panel.warmup,
         }  # fmt: skip
         finished = record.Record(**done)
         # The record comes last: it is what says that all of this is there.
@@ -188,6 +189,13 @@ def _finish(panel: Panel, driver: Driver, session: Session, started: float, prob
         if stopped is not None and item.cell.threshold:
             session.say(f"Confidence early exit stats: {stopped} tokens stopped ({item.cell.id})")
         session.say(f"done {item.cell.file}")
+
+
+def lossy(cell: Cell, compared: Sequence[record.Ratio]) -> list[str]:
+    """At temperature 0 every arm has to write the same tokens; where one did not, the reader is told."""
+    if cell.temperature > 0:
+        return []
+    return [f"outputs differ from {c.against} at temperature 0: {c.outputs}" for c in compared if "differ" in c.outputs]
 
 
 def ratios(cell: Cell, modes: Sequence[record.Mode]) -> list[record.Ratio]:

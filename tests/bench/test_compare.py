@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from nwor_vllm.bench import compare, record
+from nwor_vllm.bench import compare, measure, record
 from nwor_vllm.bench.cli import main
 from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError
 
@@ -84,6 +84,28 @@ def test_outputs_that_differ_are_named(finished: Path) -> None:
     other = mode.model_copy(update={"outputs_sha256": {**mode.outputs_sha256, name: "0"}})
     assert compare.outputs_verdict(mode, mode, 0.0) == "identical"
     assert compare.outputs_verdict(mode, other, 0.0) == f"1 of {len(mode.outputs_sha256)} differ, first {name}"
+
+
+def test_a_failed_run_leaves_only_its_own_pair_out(
+    scripted: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_text(GRID.replace("[{name: x}]", "[{name: x}, {name: y, max_tokens: 9}]"), encoding="utf-8")
+    driver = scripted.Scripted({})
+    driver.fail_on = "y_"
+    assert len(scripted.run_grid(path, tmp_path / "out", driver)) == 2
+    assert main(["compare", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == said.err.count("\n") == 1
+    assert "left out" in said.err
+
+
+def test_lost_tokens_are_flagged_at_temperature_0(finished: Path) -> None:
+    found = record.read(finished / "sweeps/oneoff_scenarios/scenario_a_code_completion.json")
+    assert measure.lossy(found.cell, found.comparisons) == []
+    bad = [found.comparisons[0].model_copy(update={"outputs": "1 of 72 differ, first 0/a"})]
+    assert "outputs differ from vanilla at temperature 0" in measure.lossy(found.cell, bad)[0]
+    assert measure.lossy(found.cell.model_copy(update={"temperature": 0.7}), bad) == []
 
 
 def test_command_speaks_to_people_and_tools(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
