@@ -101,6 +101,7 @@ ROW = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(ROW, max_size=4), cut=st.integers(0, 80), raw=st.one_of(st.none(), st.binary(max_size=60)))
 def test_fuzzed_files_are_an_error_or_prompts(tmp_path: Path, rows: list[object], cut: int, raw: bytes | None) -> None:

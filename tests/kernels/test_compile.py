@@ -34,6 +34,7 @@ def problems(name: str, code: dict[str, int]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability: int, tmp_path: Path) -> None:
     result = compiled(capability, "all", str(tmp_path))

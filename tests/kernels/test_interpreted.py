@@ -13,6 +13,7 @@ import pytest
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_kernel_equals_its_twin(path: Path) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
