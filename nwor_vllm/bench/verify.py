@@ -62,6 +62,7 @@ class Pair:
     target: Path
     drafters: Mapping[str, Path]
     vocab: int
+    embedded: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +116,7 @@ def pair_of(args: argparse.Namespace) -> Pair:
         from nwor_vllm import zoo
 
         paths = {"draft_model": zoo.path("draft"), "eagle": zoo.path("eagle"), "eagle3": zoo.path("eagle3")}
-        return Pair(zoo.path("target"), paths, _vocab(zoo.path("target")))
+        return Pair(zoo.path("target"), paths, _vocab(zoo.path("target")), embedded=True)
     drafters = {}
     for text in args.drafter:
         method, _, folder = text.partition("=")
@@ -187,6 +188,23 @@ def prompts_of(vocab: int, seed: int = 1) -> list[Tokens]:
     return rows
 
 
+def chats(target: Path) -> list[Tokens]:
+    """What the embedded pair was trained for, from every domain; half of it behind a shared conversation."""
+    from transformers import AutoTokenizer
+
+    from nwor_vllm import zoo
+
+    tokenizer = AutoTokenizer.from_pretrained(str(target))
+    texts = [row["prompt"] for row in zoo.prompts("all", REQUESTS, seed=3)]
+    rows = []
+    for index, text in enumerate(texts):
+        said = texts[:1] if index % 2 else []
+        turns = [{"role": "user", "content": t} for t in (*said, text)]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rows.append(tuple(tokenizer(whole, add_special_tokens=False)["input_ids"]))
+    return rows
+
+
 def engine_settings(combination: Combination) -> dict[str, Any]:
     base = {"max_model_len": 256, "max_num_seqs": 6, "block_size": 32, "disable_log_stats": False}
     return base | {"async_scheduling": combination.asynchronous} | SCENES[combination.scene]
@@ -199,7 +217,7 @@ def speculation(pair: Pair, drafter: str) -> dict[str, Any]:
 def identity(verdict: Verdict, pair: Pair, cells: Sequence[Combination], talk: bool) -> None:
     from nwor_vllm.bench.backends import vllm as backend
 
-    prompts = prompts_of(pair.vocab)
+    prompts = prompts_of(pair.vocab) if not pair.embedded else chats(pair.target)
     ask = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
     with backend.engine(pair.target, None, **engine_settings(Combination("", False, "plain"))) as llm:
         truth = backend.generate(llm, prompts, **ask)

@@ -26,6 +26,7 @@ def engine(target: Path, speculative: Mapping[str, Any] | None, **settings: Any)
     """An `LLM` in this process, with the plugin where it speculates. Only one lives at a time."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
 
     compat.fix_cpu_expand()
@@ -114,9 +115,9 @@ def keep_by_drawn_token() -> Iterator[None]:
 @contextmanager
 def keep_unverified() -> Iterator[None]:
     """A lossy rule for greedy decoding: the first draft token of a round is kept without asking the target."""
-    name = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"  # there, if an engine of this process runs on V2
-    owner: Any = sys.modules.get(name) or importlib.import_module("vllm.v1.sample.rejection_sampler")
-    right = owner.rejection_sample
+    v1: Any = importlib.import_module("vllm.v1.sample.rejection_sampler")
+    v2: Any = sys.modules.get("vllm.v1.worker.gpu.spec_decode.rejection_sampler")  # loaded where V2 engines run
+    right, right_v2 = v1.rejection_sample, getattr(v2, "rejection_sample", None)
 
     def wrong_v1(draft_token_ids: Any, num_draft_tokens: Any, *rest: Any, **kwargs: Any) -> Any:
         output = right(draft_token_ids, num_draft_tokens, *rest, **kwargs)
@@ -129,14 +130,19 @@ def keep_unverified() -> Iterator[None]:
 
     def wrong_v2(target: Any, draft: Any, inputs: Any, starts: Any, *rest: Any, **kwargs: Any) -> Any:
         """`inputs`: each request's last token and then its drafts, from `starts` on."""
-        output, count = right(target, draft, inputs, starts, *rest, **kwargs)
+        assert right_v2 is not None
+        output, count = right_v2(target, draft, inputs, starts, *rest, **kwargs)
         for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
             if end - start > 1:
                 output[row, 0] = inputs[start + 1]
         return output, count
 
-    owner.rejection_sample = wrong_v2 if owner.__name__ == name else wrong_v1
+    v1.rejection_sample = wrong_v1
+    if v2 is not None:
+        v2.rejection_sample = wrong_v2
     try:
         yield
     finally:
-        owner.rejection_sample = right
+        v1.rejection_sample = right
+        if v2 is not None:
+            v2.rejection_sample = right_v2
