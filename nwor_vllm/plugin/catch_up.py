@@ -47,7 +47,7 @@ class CatchUp:
         if len(self.steps) >= self.proposer.block_size:
             return True
         rows = sum(len(step.rows) for step in self.steps)
-        return rows + self.proposer.max_batch_size > self.proposer.max_num_tokens
+        return bool(rows + self.proposer.max_batch_size > self.proposer.max_num_tokens)
 
     def replay(self, ids: Sequence[str], batch: Any) -> int:
         """Feed the drafter what requests of this batch missed; returns the rows. `batch`: their attention metadata."""

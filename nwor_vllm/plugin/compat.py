@@ -8,11 +8,13 @@ Requirements are probed, never read off a version.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from nwor_vllm.plugin import lazy
@@ -184,7 +186,11 @@ def apply_when_imported(stage: str) -> None:
     for feature in FEATURES:
         if feature.stage == stage and feature.patch is not None:
             patch = feature.patch
-            lazy.when_imported(patch.target.split(":")[0], lambda module, patch=patch: _patch(patch))
+            lazy.when_imported(patch.target.split(":")[0], functools.partial(_patch_loaded, patch))
+
+
+def _patch_loaded(patch: Patch, module: ModuleType) -> None:
+    _patch(patch)
 
 
 def _patch(patch: Patch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -65,7 +66,8 @@ class DraftRound:
     def stopped(self) -> torch.Tensor:
         """Rows that want no draft token after the last one."""
         if self.watches and self.state is not None:
-            return ~self.state.alive[: len(self.ids)]
+            dead: torch.Tensor = ~self.state.alive[: len(self.ids)]
+            return dead
         return torch.tensor(self.limits) <= len(self.tokens)
 
     def lengths(self) -> list[int]:
@@ -80,17 +82,16 @@ class DraftRound:
         return torch.nn.functional.pad(drafted, (0, self.k - drafted.shape[1]))
 
     def report(self) -> DraftReport:
-        counts = (self.k, self.forwards)
-        rows = {"rows_written": self.rows_written, "rows_avoided": self.rows_avoided}
+        report = DraftReport(self.k, self.forwards, rows_written=self.rows_written, rows_avoided=self.rows_avoided)
         if not self.tokens:
-            return DraftReport(*counts, **rows)
+            return report
         lengths = dict(zip(self.ids, self.lengths(), strict=True))
         confidence = {}
         if self.watches and self.state is not None:
             table = self.state.confidence[: len(self.ids)].tolist()
             scores = dict(zip(self.ids, table, strict=True))
             confidence = {i: tuple(c for c in scores[i] if not math.isnan(c)) for i in self.drafting}
-        return DraftReport(*counts, {i: lengths[i] for i in self.drafting}, confidence, **rows)
+        return replace(report, lengths={i: lengths[i] for i in self.drafting}, confidence=confidence)
 
 
 IDLE = DraftRound([], 0)

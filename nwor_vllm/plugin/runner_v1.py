@@ -35,7 +35,7 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     nwor_cut: dict[str, int]
     nwor_rows: list[int]  # [draft-layer KV rows written, avoided] since the start
 
-    nwor_catch_up: CatchUp | None
+    nwor_catch_up: Any  # a CatchUp, or None where steps without a draft feed the drafter as in stock vLLM
 
     def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self.nwor_catch_up is not None and self.nwor_idle(scheduler_output):
@@ -66,9 +66,8 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
 
     def nwor_idle(self, step: Any) -> bool:
         """Nothing to draft, and nothing but one token of each request to feed the drafter."""
-        return step.num_spec_tokens_to_schedule == 0 and step.total_num_scheduled_tokens == len(
-            step.num_scheduled_tokens
-        )
+        requests = len(step.num_scheduled_tokens)
+        return bool(step.num_spec_tokens_to_schedule == 0 and step.total_num_scheduled_tokens == requests)
 
     def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> torch.Tensor:
         """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
@@ -159,8 +158,8 @@ def adopt(runner: Any) -> None:
     drafter = getattr(runner, "drafter", None)
     if config is None or not hasattr(drafter, "propose") or not hasattr(drafter, "needs_extra_input_slots"):
         return
-    drafter.__class__ = elastic(type(drafter))
-    runner.__class__ = _elastic_runner(type(runner))
+    classes: tuple[Any, Any] = (type(drafter), type(runner))
+    drafter.__class__, runner.__class__ = elastic(classes[0]), _elastic_runner(classes[1])
     runner.nwor_config = config
     runner.nwor_trims = compat.has("trimming under asynchronous scheduling on the V1 runner")
     runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")

@@ -51,7 +51,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         config = load(self.vllm_config.additional_config, os.environ)
         self.nwor_k_max = self.num_spec_tokens
-        self.nwor_dynamic = self.dynamic_sd_lookup is not None
+        self.nwor_dynamic = self.dynamic_sd_lookup is not None  # type: ignore[has-type]
         self.nwor_config = config or NworConfig()
         self.nwor_policy = self.nwor_make(self.nwor_config)
         if self.nwor_dynamic:
@@ -77,7 +77,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         running = self.running
         context = sum(r.num_computed_tokens for r in running)
         self.nwor_plan = self.nwor_policy.plan([r.request_id for r in running], context)
-        return min(self.nwor_plan.k, self.num_spec_tokens)
+        return min(self.nwor_plan.k, int(self.num_spec_tokens))
 
     def nwor_orders(self) -> Orders:
         exits, given = self.nwor_config.early_exit, self.nwor_plan.stop
@@ -204,9 +204,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         compat.log.info("nwor: %s", self.nwor_counters.snapshot())
 
 
-class ElasticScheduler(Elastic, Scheduler):
+class ElasticScheduler(Elastic, Scheduler):  # type: ignore[misc]
     """Synchronous; also `--scheduler-cls nwor_vllm.plugin.scheduler.ElasticScheduler`."""
 
 
-class ElasticAsyncScheduler(Elastic, AsyncScheduler):
+class ElasticAsyncScheduler(Elastic, AsyncScheduler):  # type: ignore[misc]
     """Asynchronous; also `--scheduler-cls nwor_vllm.plugin.scheduler.ElasticAsyncScheduler`."""
