@@ -49,7 +49,6 @@ class NworConfig:
     no_write_on_reject: bool = True  # no draft-layer KV write for rows that are known dead
     cost_profile: str = ""  # a profile written by `nwor profile --cost`; empty = learn from scratch
     control_endpoint: bool = False  # serve POST /nwor (needs NWOR_CONTROL_TOKEN)
-    trace: str = ""  # record every round to this file; empty = off
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
