@@ -21,7 +21,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# A shell's background job starts with Ctrl-C ignored and would hand that down to the programs whose answer to it is tested.
+# A background job of a shell starts with Ctrl-C ignored, and would hand that down to the programs tested for it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
