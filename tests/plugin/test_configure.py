@@ -11,11 +11,10 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(autouse=True)
 def registered():
-    from nwor_vllm.plugin import compat, register
+    """As vLLM does it, once a process: taking it back would leave the engines of later tests without the plugin."""
+    from nwor_vllm.plugin import register
 
     register()
-    yield
-    compat.revert()
 
 
 def configured(tiny, nwor, speculative=None, **settings):

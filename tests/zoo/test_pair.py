@@ -125,7 +125,7 @@ def test_the_target_answers_in_the_form_it_was_asked_for(plain):
         assert all(set(person) == {"name", "age", "city", "department"} for person in people)
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_speculation_saves_a_quarter_of_the_time_on_code(plain):
     """Batch 1, arms interleaved so that a busy machine slows both."""
     arms = {"plain": plain, "eagle": Engine("eagle")}
