@@ -73,7 +73,8 @@ def confidence_combine(
     excess = (weight * (weighted + finite_shift * (others + (~winner)))).sum(dim=0)
     second = torch.where(winner, seconds, known).amax(dim=0)
     valid = ~broken.any(dim=0) & top.isfinite() & ~total.isnan()
-    return _statistics(token.long(), top, second, total, excess, valid, scale, margin, entropy)
+    gap = (second - top) / (1.0 if scale is None else scale[:, 0])
+    return _statistics(token.long(), gap, total, excess, valid, margin, entropy)
 
 
 def confidence(
@@ -83,7 +84,20 @@ def confidence(
     margin: bool = False,
     entropy: bool = False,
 ) -> Confidence:
-    return confidence_combine(confidence_partial(logits, 0, temperature, mask)[None], temperature, margin, entropy)
+    x = logits.float()
+    if mask is not None:
+        x = x.masked_fill(~mask, -torch.inf)
+    token = x.argmax(dim=-1, keepdim=True)
+    top = x.gather(-1, token)
+    shift = x.scatter(-1, token, -torch.inf) - top
+    scale = _divisor(temperature)
+    if scale is not None:
+        shift = shift / scale
+    weight = shift.exp()
+    others = weight.sum(dim=-1)
+    excess = (torch.where(weight > 0, shift, 0.0) * weight).sum(dim=-1) if entropy else others
+    valid = top[:, 0].isfinite() & ~others.isnan()
+    return _statistics(token[:, 0], shift.amax(dim=-1) if margin else others, others, excess, valid, margin, entropy)
 
 
 def _divisor(temperature: torch.Tensor | None) -> torch.Tensor | None:
@@ -101,19 +115,17 @@ def _excess(rest: torch.Tensor, top: torch.Tensor, scale: torch.Tensor | None) -
 
 def _statistics(
     token: torch.Tensor,
-    top: torch.Tensor,
-    second: torch.Tensor,
+    gap: torch.Tensor,
     others: torch.Tensor,
     excess: torch.Tensor,
     valid: torch.Tensor,
-    scale: torch.Tensor | None,
     margin: bool,
     entropy: bool,
 ) -> Confidence:
+    """`gap` is the second logit minus the first, over the temperature; read where the margin is wanted."""
     nan = torch.nan
     prob = torch.where(valid, 1 / (1 + others), nan)
     odds = torch.where(valid, (-others.log()).clamp(-LOG_ODDS_MAX, LOG_ODDS_MAX), nan)
-    gap = (second - top) / (1.0 if scale is None else scale[:, 0])
     return Confidence(
         token,
         prob,

@@ -6,40 +6,40 @@ Only the draft distribution is judged, never the token drawn from it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from nwor_vllm.kernels.reference.confidence import Confidence
-from nwor_vllm.kernels.state import POSITION_FIELDS, RULE_FIELDS, StopState
+from nwor_vllm.kernels.state import POSITION_FIELDS, StopState
 
 RULE_ODDS_MAX = 12.0  # a confidence is calibrated on log-odds clipped to this
 
 
 def stop(conf: Confidence, state: StopState, step: torch.Tensor) -> None:
-    n, positions = conf.max_prob.shape[0], state.stops.shape[0]
-    inside = (step >= 0) & (step < positions)
-    column = step.long().clamp(0, positions - 1)
-    threshold, min_survival, verify_cost, draft_cost = state.rule[:RULE_FIELDS].unbind()
-    table = state.rule[RULE_FIELDS:].view(positions, POSITION_FIELDS)
-    intercept, slope, hazard = table.index_select(0, column)[0].unbind()
-    alive = state.alive[:n] & inside
+    n, positions, position = conf.max_prob.shape[0], state.stops.shape[0], int(step)
+    if not 0 <= position < positions:
+        return
+    threshold, min_survival, verify_cost, draft_cost, *table = state.rule.tolist()
+    intercept, slope, hazard = table[POSITION_FIELDS * position : POSITION_FIELDS * (position + 1)]
+    alive, survival, product, column = state.alive[:n], state.survival[:n], state.product[:n], state.confidence[:n]
     # A row without a distribution counts as confidence 0.
-    prob = torch.where(conf.max_prob.isnan(), 0.0, conf.max_prob)
-    odds = torch.where(conf.log_odds.isnan(), -RULE_ODDS_MAX, conf.log_odds.clamp(-RULE_ODDS_MAX, RULE_ODDS_MAX))
+    prob = conf.max_prob.nan_to_num(nan=0.0)
+    odds = conf.log_odds.nan_to_num(nan=-RULE_ODDS_MAX).clamp_(-RULE_ODDS_MAX, RULE_ODDS_MAX)
+    accept = torch.sigmoid(odds * slope + (state.bias[:n] + intercept))
 
-    seen = state.confidence[:n].index_select(1, column)
-    state.confidence[:n].index_copy_(1, column, torch.where(alive[:, None], prob[:, None], seen))
-    accept = torch.sigmoid(intercept + slope * odds + state.bias[:n])
-    survival = torch.where(alive, state.survival[:n] * accept, state.survival[:n])
-    product = torch.where(alive, state.product[:n] * prob, state.product[:n])
+    seen = column[:, position]
+    seen.copy_(torch.where(alive, prob, seen))
+    survival.copy_(torch.where(alive, survival * accept, survival))
+    product.copy_(torch.where(alive, product * prob, product))
     keep = alive & (prob >= threshold) & (product >= min_survival) & (survival >= verify_cost)
-    on = keep & (state.caps[:n] > column + 1)
-    following = torch.where(hazard.isnan(), accept, hazard)
-    gain = torch.where(on, (survival * following - verify_cost).clamp_min(0.0), 0.0).sum()
-    worth = (draft_cost <= 0) | (gain > draft_cost)
-
-    state.survival[:n] = survival
-    state.product[:n] = product
+    on = keep & (state.caps[:n] > position + 1)
+    stopped = alive & ~keep
+    if draft_cost > 0:
+        following = accept if math.isnan(hazard) else hazard
+        gain = ((survival * following - verify_cost).clamp_min_(0.0) * on).sum()
+        if not gain > draft_cost:
+            stopped, on = stopped | on, torch.zeros_like(on)
     state.lengths[:n] += keep
-    state.alive[:n] = torch.where(inside, on & worth, state.alive[:n])
-    stopped = (alive & ~keep).sum() + (on & ~worth).sum()
-    state.stops.index_add_(0, column, stopped.view(1))
+    state.alive[:n] = on
+    state.stops[position] += stopped.sum()
