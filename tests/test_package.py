@@ -70,7 +70,7 @@ def test_no_hard_dependency_brings_its_own_vllm_or_torch() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_works_where_it_is_installed(dist: Path, tmp_path: Path) -> None:
-    """A fresh environment that sees this one's vLLM, but not the checkout; run from the checkout's root."""
+    """A fresh environment that sees this one's vLLM, but not the checkout."""
     (wheel,) = dist.glob("*.whl")
     env = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
@@ -98,3 +98,14 @@ def test_the_wheel_works_where_it_is_installed(dist: Path, tmp_path: Path) -> No
     assert root.returncode == 0, root.stderr
     version = subprocess.run([env / "bin" / "nwor", "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.strip() == importlib.metadata.version("nwor-vllm")
+
+
+def test_kernels_and_transformers_import_from_the_root_too(root: Path) -> None:
+    """There the checkout's folders come before what is installed."""
+    code = "import transformers, nwor_vllm.kernels as k; from transformers import LlamaForCausalLM; print(k.__file__)"
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(root / "kernels" / "__init__.py")
