@@ -100,6 +100,7 @@ def test_the_wheel_works_where_it_is_installed(dist: Path, tmp_path: Path) -> No
     assert version.stdout.strip() == importlib.metadata.version("nwor-vllm")
 
 
+@pytest.mark.slow
 def test_kernels_and_transformers_import_from_the_root_too(root: Path) -> None:
     """There the checkout's folders come before what is installed."""
     code = "import transformers, nwor_vllm.kernels as k; from transformers import LlamaForCausalLM; print(k.__file__)"
