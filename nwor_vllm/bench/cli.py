@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
     "bench": ("nwor_vllm.bench.bench", "measure what a grid lacks: arms interleaved in one engine, a record a run"),
     "sweep": ("nwor_vllm.bench.sweep", "grids over the devices of this machine, an engine group at a time on each"),
+    "profile": ("nwor_vllm.bench.profile", "one run under Nsight Compute; --cost: what a step costs here"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
     "verify": (
         "nwor_vllm.bench.verify",
