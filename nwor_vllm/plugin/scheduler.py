@@ -88,7 +88,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             min_survival=max(stop.min_survival, exits.min_survival),
         )
         caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
-        return Orders(stop, caps, self.nwor_plan.bias, observe=self.nwor_config.policy not in ("fixed", "off"))
+        return Orders(stop, caps, self.nwor_plan.bias, observe=self.nwor_plan.watch)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()

@@ -39,7 +39,7 @@ class Acceptance:
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         passed = sum(self.average >= t for t in self.params.thresholds)
         rung = round(passed * (len(self.ladder) - 1) / len(self.params.thresholds))
-        return Plan(self.ladder[rung])
+        return Plan(self.ladder[rung], watch=False)
 
     def observe(self, step: Step) -> None:
         accepted = sum(r.accepted for r in step.rounds)

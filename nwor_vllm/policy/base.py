@@ -47,12 +47,14 @@ class Plan:
     """What the coming step may draft: `k` for the batch, `caps` for requests that get less.
 
     `bias` shifts the log-odds of a request's calibrated confidences: what its own history says beyond the confidence.
+    `watch` asks for the confidences where no rule needs them: they cost time at every draft position.
     """
 
     k: int
     caps: Mapping[str, int] = field(default_factory=dict)
     stop: StopRule | None = None
     bias: Mapping[str, float] = field(default_factory=dict)
+    watch: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class Feedback:
         self.recent: deque[tuple[int, int]] = deque(maxlen=params.window)
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
-        return Plan(min(self.ladder, key=lambda k: (abs(k - self.length), k)))
+        return Plan(min(self.ladder, key=lambda k: (abs(k - self.length), k)), watch=False)
 
     def observe(self, step: Step) -> None:
         verified = sum(max(r.verified, 0) for r in step.rounds)

@@ -13,6 +13,7 @@ from nwor_vllm.policy.base import Plan, Step
 @dataclass(frozen=True)
 class FixedParams:
     k: int = -1  # the draft length; -1 = the longest of the ladder
+    watch: bool = False  # have the drafter's confidences reported with the rounds
 
     def __post_init__(self) -> None:
         if self.k < -1:
@@ -28,12 +29,12 @@ class Fixed:
     name = "fixed"
 
     def __init__(self, params: FixedParams, ladder: Sequence[int]) -> None:
-        self.k = max(ladder) if params.k < 0 else params.k
+        self.k, self.watch = max(ladder) if params.k < 0 else params.k, params.watch
         if self.k not in ladder:
             raise ConfigError(f"policy_params.k is {self.k}; the ladder has {', '.join(map(str, ladder))}")
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
-        return Plan(self.k)
+        return Plan(self.k, watch=self.watch)
 
     def observe(self, step: Step) -> None:
         pass
@@ -55,4 +56,4 @@ class Off(Fixed):
     name = "off"
 
     def __init__(self, params: OffParams, ladder: Sequence[int]) -> None:
-        self.k = 0
+        self.k, self.watch = 0, False

@@ -60,12 +60,12 @@ class Throughput:
         self.probing = False
         untried = [k for k in self.candidates if self.tries[k] < self.params.warmup_cycles]
         if untried:
-            return Plan(max(untried))
+            return Plan(max(untried), watch=False)
         others = [k for k in self.candidates if k != self.current]
         if others and self.params.probe_interval and self.since_probe >= self.params.probe_interval:
             self.probing = True
-            return Plan(others[self.next_probe % len(others)])
-        return Plan(self.current)
+            return Plan(others[self.next_probe % len(others)], watch=False)
+        return Plan(self.current, watch=False)
 
     def score(self, k: int) -> float:
         """Tokens per request and second; -inf while unknown, so that anything known beats it."""
