@@ -74,10 +74,16 @@ def probabilities(llm: Any, prompts: Sequence[Tokens], vocab: int) -> list[list[
 
 
 def preemptions(llm: Any) -> int:
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:num_preemptions":
-            return int(metric.value)
-    return 0
+    return _count(llm, "vllm:num_preemptions")
+
+
+def prefix_hits(llm: Any) -> int:
+    """Prompt tokens that were found in the prefix cache."""
+    return _count(llm, "vllm:prefix_cache_hits")
+
+
+def _count(llm: Any, name: str) -> int:
+    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
 
 
 def switch(llm: Any, rule: Mapping[str, Any]) -> None:
