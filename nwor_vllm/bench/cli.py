@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "nwor_vllm.bench.verify",
         "prove that the output is the target's own, with planted mistakes as controls",
     ),
+    "record": ("nwor_vllm.bench.record_traces", "acceptance traces from real vLLM, at every position of every output"),
     "simulate": ("nwor_vllm.bench.simulate", "replay acceptance traces: a policy against its oracles"),
     "zoo": ("nwor_vllm.zoo.cli", "the embedded pair: build, path, list, prompts; scripted pairs of any shape"),
 }

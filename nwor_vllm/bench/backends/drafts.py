@@ -1,0 +1,127 @@
+"""Rounds of a real engine, taken down: the draft at every position of every output, and the steps as they were timed.
+
+The engine drafts its full length in every step. A walk that verifies none of it commits one token a step, so a fresh
+draft is seen at every position; a walk that verifies runs rounds as a server would. The drafter's K/V of committed
+text is fed from the target's own states whatever was drafted before, so a draft depends on the text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from nwor_vllm.bench.backends.vllm import engine
+from nwor_vllm.policy import Plan, Round, Step
+from nwor_vllm.zoo import path
+
+Tokens = tuple[int, ...]
+METHODS = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}
+
+
+@dataclass
+class Watch:
+    """Stands in for the policy: always the same plan; keeps every step it is told of."""
+
+    k: int
+    name: str = "watch"
+    steps: list[Step] = field(default_factory=list)
+
+    def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
+        return Plan(self.k)
+
+    def observe(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def snapshot(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Draft:
+    at: int  # output tokens committed before it
+    tokens: Tokens
+    confidence: tuple[float, ...]
+
+
+@dataclass
+class Walk:
+    """One pass over the prompts: by prompt index, what came out, what was drafted, and the rounds verified."""
+
+    texts: dict[int, Tokens] = field(default_factory=dict)
+    drafts: dict[int, list[Draft]] = field(default_factory=dict)
+    rounds: dict[int, list[Round]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+
+@contextmanager
+def watched(target: str, drafter: str, k: int, max_num_seqs: int, **settings: Any) -> Iterator[Any]:
+    """An engine of the embedded pair that drafts up to `k` and shows the drafter's confidences."""
+    speculative = {"method": METHODS[drafter], "model": str(path(drafter)), "num_speculative_tokens": k}
+    given: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs, "max_model_len": 1024, "async_scheduling": False,
+        # Any policy but `fixed` and `off` makes the drafter report its confidences.
+        "additional_config": {"nwor": {"policy": "acceptance", "ladder": list(range(k + 1))}},
+    }  # fmt: skip
+    with engine(path(target), speculative, **(given | settings)) as llm:
+        yield llm
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, batch: int, verify: bool) -> Walk:
+    """Every prompt once, `batch` in flight. Without `verify` the drafts are taken down and dropped."""
+    scheduler, core, out = scheduler_of(llm), llm.llm_engine, Walk()
+    watch = scheduler.nwor_policy = Watch(k)
+    names: dict[str, int] = {}
+    stock = scheduler.update_draft_token_ids
+
+    def take(drafts: Any) -> None:
+        for request_id, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            request, shown = scheduler.requests.get(request_id), scheduler.nwor_drafted.get(request_id)
+            if request is None or request.is_finished() or request.is_prefill_chunk or shown is None:
+                continue
+            draft = Draft(request.num_output_tokens, tuple(tokens), shown.confidence)
+            out.drafts.setdefault(_index(request_id), []).append(draft)
+        if not verify:
+            drafts.draft_token_ids = [[] for _ in drafts.req_ids]
+        stock(drafts)
+
+    scheduler.update_draft_token_ids = take
+    try:
+        waiting = list(range(len(prompts)))[::-1]
+        flying = 0
+        while waiting or flying:
+            while waiting and flying < batch:
+                index = waiting.pop()
+                names[f"watch-{index}"] = index
+                core.add_request(f"watch-{index}", {"prompt_token_ids": list(prompts[index])}, sampling[index])
+                flying += 1
+            for output in core.step():
+                if output.finished:
+                    flying -= 1
+                    out.texts[names[output.request_id]] = tuple(output.outputs[0].token_ids)
+    finally:
+        del scheduler.update_draft_token_ids
+    out.steps = watch.steps
+    for step in watch.steps:
+        for r in step.rounds:
+            out.rounds.setdefault(_index(r.request_id), []).append(r)
+    return out
+
+
+def _index(request_id: str) -> int:
+    """The engine core knows a request by the frontend's id and a random suffix."""
+    return int(request_id.split("-")[1])
