@@ -12,8 +12,11 @@ class NworError(Exception):
     exit_code = 1
 
 
-class ConfigError(NworError, ValueError):
-    """A setting, flag or file that contradicts itself or does not exist."""
+class ConfigError(NworError):
+    """A setting, flag or file that contradicts itself or does not exist.
+
+    No ValueError: vLLM's configuration is pydantic's, which buries those in its own report of several lines.
+    """
 
     exit_code = 2
 

@@ -59,6 +59,15 @@ FEATURES: tuple[Feature, ...] = (
         Patch("vllm.config.vllm:VllmConfig.__post_init__", "nwor_vllm.plugin.configure:adapt"),
     ),
     Feature(
+        "draft lengths of data-parallel ranks",
+        "register",
+        (Need("vllm.config.vllm:VllmConfig._maybe_disable_dynamic_sd_for_data_parallel"),),
+        Patch(
+            "vllm.config.vllm:VllmConfig._maybe_disable_dynamic_sd_for_data_parallel",
+            "nwor_vllm.plugin.configure:adapt_data_parallel",
+        ),
+    ),
+    Feature(
         "draft length per step",
         "engine",
         (Need("vllm.v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule"), Need(f"{_SCHEDULER}.schedule")),

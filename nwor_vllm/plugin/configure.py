@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from nwor_vllm.config import NworConfig, load
-from nwor_vllm.errors import ConfigError
-from nwor_vllm.policy import default_ladder
+from nwor_vllm.errors import ConfigError, NworError
+from nwor_vllm.plugin.combine import name_of
+from nwor_vllm.policy import default_ladder, make_policy
 
+ELASTIC = "nwor_vllm.plugin.scheduler.Elastic"  # the mixin of the two that follow
 SCHEDULER = "nwor_vllm.plugin.scheduler.ElasticScheduler"
 ASYNC_SCHEDULER = "nwor_vllm.plugin.scheduler.ElasticAsyncScheduler"
 WORKER = "nwor_vllm.plugin.worker.ElasticWorker"
@@ -21,17 +24,50 @@ def adapt(stock: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(stock)
     def post_init(self: Any) -> None:
-        config = load(self.additional_config, os.environ)
-        if config is None or self.speculative_config is None:
+        try:
+            config = load(self.additional_config, os.environ)
+            ladder = check(config, self) if config is not None and self.speculative_config is not None else ()
+        except NworError:
+            _end_in_one_line()
+            raise
+        if not ladder:
             stock(self)
             return
-        ladder = check(config, self)
-        if self.parallel_config.data_parallel_size == 1:
+        if not in_lockstep(self):
             self.speculative_config.num_speculative_tokens_per_batch_size = table_of(ladder)
         stock(self)
         install(self)
 
     return post_init
+
+
+def adapt_data_parallel(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Around VllmConfig's removal of the draft-length table under data parallelism, which is for lockstep's sake."""
+
+    @functools.wraps(stock)
+    def disable(self: Any) -> None:
+        if in_lockstep(self) or load(self.additional_config, os.environ) is None:
+            stock(self)
+
+    return disable
+
+
+def in_lockstep(vllm_config: Any) -> bool:
+    """Whether data-parallel ranks wait for each other in every forward. A dense model's are engines of their own."""
+    return vllm_config.parallel_config.data_parallel_size > 1 and bool(vllm_config.model_config.is_moe)
+
+
+def _end_in_one_line() -> None:
+    """The refused start ends the program, unless somebody catches it: its last word is the message, no call stack."""
+    stock = sys.excepthook
+
+    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+        if isinstance(error, NworError):
+            print(f"nwor: {error}", file=sys.stderr)
+        else:
+            stock(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 def ladder_of(config: NworConfig, k_max: int) -> tuple[int, ...]:
@@ -47,7 +83,8 @@ def ladder_of(config: NworConfig, k_max: int) -> tuple[int, ...]:
 def check(config: NworConfig, vllm_config: Any) -> tuple[int, ...]:
     """Refuse what cannot work, in one line that names both sides."""
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    ladder = ladder_of(config, speculative.num_speculative_tokens)
+    k_max = speculative.num_speculative_tokens
+    ladder = ladder_of(config, k_max)
     thresholds = config.early_exit.threshold or config.early_exit.min_survival
     if getattr(speculative, "use_local_argmax_reduction", False):
         raise ConfigError(
@@ -64,17 +101,17 @@ def check(config: NworConfig, vllm_config: Any) -> tuple[int, ...]:
         raise ConfigError(
             "speculative_config.num_speculative_tokens_per_batch_size and nwor both choose the draft length; drop one"
         )
-    if parallel.data_parallel_size > 1 and (config.policy not in ("fixed", "off") or thresholds):
+    if in_lockstep(vllm_config) and (thresholds or config.policy != "fixed" or config.params().k not in (-1, k_max)):
         raise ConfigError(
-            f"data_parallel_size is {parallel.data_parallel_size} and its ranks must draft equally long, which policy "
-            f"{config.policy!r} with early_exit.threshold {config.early_exit.threshold} cannot promise; "
-            "use policy 'fixed' or 'off' without thresholds"
+            f"data_parallel_size is {parallel.data_parallel_size} and the ranks of a mixture of experts must draft "
+            f"equally long, which policy {config.policy!r} cannot promise; use policy 'fixed' without k or thresholds"
         )
     if parallel.pipeline_parallel_size > 1 and thresholds:
         raise ConfigError(
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size} and only its last rank sees the drafter, so "
             "early_exit cannot trim what the others verify; set early_exit.threshold and min_survival to 0"
         )
+    make_policy(config.policy, config.params(), ladder, config.cost_profile)  # what it refuses is refused here
     return ladder
 
 
@@ -87,22 +124,9 @@ def table_of(ladder: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def install(vllm_config: Any) -> None:
-    from nwor_vllm.plugin.compat import log
-
+    """Our classes in vLLM's places; in front of the user's own where there are some."""
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-    if scheduler.scheduler_cls is None:
-        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
-    elif scheduler.scheduler_cls not in (SCHEDULER, ASYNC_SCHEDULER):
-        log.warning(
-            "nwor: scheduler_cls is %s: the policy and run-time control are disabled unless it derives from %s",
-            scheduler.scheduler_cls,
-            SCHEDULER,
-        )
-    if not parallel.worker_extension_cls:
-        parallel.worker_extension_cls = WORKER
-    elif parallel.worker_extension_cls != WORKER:
-        log.warning(
-            "nwor: worker_extension_cls is %s: early exit and draft counters are disabled unless it derives from %s",
-            parallel.worker_extension_cls,
-            WORKER,
-        )
+    stock = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    given = scheduler.scheduler_cls
+    scheduler.scheduler_cls = stock if given is None else name_of(ELASTIC, given)
+    parallel.worker_extension_cls = name_of(WORKER, parallel.worker_extension_cls or WORKER)

@@ -14,6 +14,7 @@ from typing import Any
 
 from nwor_vllm.config import NworConfig, from_mapping
 from nwor_vllm.errors import ConfigError, MissingError, unknown_key
+from nwor_vllm.plugin.configure import check
 
 METHOD = "nwor_control"
 LIVE = frozenset({"policy", "policy_params", "early_exit", "per_request"})  # the rest is fixed at engine start
@@ -104,6 +105,7 @@ def changed(scheduler: Any, settings: dict[str, Any]) -> tuple[NworConfig, Any]:
     for key, value in settings.items():
         plain[key] = {**plain[key], **value} if key == "early_exit" and isinstance(value, Mapping) else value
     new: NworConfig = from_mapping(NworConfig, plain)
+    check(new, scheduler.vllm_config)
     if "policy" not in settings and "policy_params" not in settings:
         return new, scheduler.nwor_policy
     return new, scheduler.nwor_make(new)

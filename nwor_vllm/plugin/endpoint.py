@@ -56,7 +56,7 @@ class ControlEndpoint:
             if not isinstance(change, dict):
                 raise ConfigError(f"the body is {change!r}; expected an object of settings")
             return JSONResponse(await control.call_async(self.engine, change))
-        except ValueError as error:  # ConfigError, and what is no JSON
+        except (ConfigError, ValueError) as error:  # no JSON is a ValueError
             return JSONResponse({"error": str(error)}, status_code=400)
 
     def _refusal(self, request: Request) -> JSONResponse | None:

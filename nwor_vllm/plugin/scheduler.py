@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.combine import lookup
 from nwor_vllm.plugin.configure import ladder_of
 from nwor_vllm.plugin.control import answer, serve_control
 from nwor_vllm.plugin.counters import Counters, RequestCounts
@@ -202,6 +203,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         super().shutdown()
         self.nwor_publisher.close()
         compat.log.info("nwor: %s", self.nwor_counters.snapshot())
+
+
+__getattr__ = lookup(__name__, Elastic, Scheduler)
 
 
 class ElasticScheduler(Elastic, Scheduler):  # type: ignore[misc]

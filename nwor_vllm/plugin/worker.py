@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.combine import lookup
 
 compat.apply("worker")
 compat.apply_to_v2_runner()
@@ -18,3 +19,6 @@ class ElasticWorker:
         runner = self.model_runner  # type: ignore[attr-defined]
         written, avoided = getattr(runner, "nwor_rows", (0, 0))
         return {"runner": type(runner).__name__, "draft_rows_written": written, "draft_rows_avoided": avoided}
+
+
+__getattr__ = lookup(__name__, ElasticWorker)

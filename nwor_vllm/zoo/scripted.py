@@ -254,7 +254,7 @@ def load_scripted(path: Path | str) -> ScriptedPair:
             )
             for spec in content.pop("classes")
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{manifest} is damaged ({error}); write the pair again") from None
     if version != SCHEMA_VERSION:
         raise CorruptFileError(f"{manifest} has version {version}, this package reads {SCHEMA_VERSION}; write it again")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import subprocess
+import sys
+import types
+
 import pytest
 
-from nwor_vllm.errors import ConfigError
+from nwor_vllm.errors import ConfigError, NworError
 
 pytestmark = pytest.mark.vllm
 
@@ -49,24 +55,24 @@ def test_scheduler_ladder_and_worker_are_declared(tiny, asynchronous, name):
     assert config.parallel_config.worker_extension_cls.startswith("nwor_vllm.")
 
 
+FIXED = {"policy": "fixed"}
 REFUSED = [
     ({"policy": "godput"}, {}, {}, "unknown policy 'godput'; did you mean 'goodput'?"),
     ({"ladder": [0, 9]}, {}, {}, "nwor.ladder reaches 9 but num_speculative_tokens is 5"),
     ({"ladder": [3, 1]}, {}, {}, "expected ascending draft lengths"),
     ({"early_exit": {"threshold": 1.2}}, {}, {}, "early_exit.threshold is 1.2; expected a number in 0..1"),
+    ({"early_exit": {"min_survival": -0.1}}, {}, {}, "early_exit.min_survival is -0.1; expected a number in 0..1"),
+    ({"early_exit": {"thresh": 0.2}}, {}, {}, "unknown setting 'early_exit.thresh'; did you mean"),
+    (FIXED | {"policy_params": {"k": 4}}, {}, {}, "policy_params.k is 4; the ladder has 0, 1, 2, 3, 5"),
+    ({"cost_profile": "/nowhere.json"}, {}, {}, "/nowhere.json"),
     (
-        {"early_exit": {"thresh": 0.2}},
-        {},
-        {},
-        "unknown setting 'early_exit.thresh'; did you mean",
-    ),
-    (
-        {"policy": "fixed"},
+        FIXED,
         {"num_speculative_tokens_per_batch_size": [(1, 8, 3)]},
         {},
         "num_speculative_tokens_per_batch_size and nwor both choose the draft length",
     ),
-    ({"policy": "goodput"}, {}, {"data_parallel_size": 2}, "data_parallel_size is 2 and its ranks must draft equally"),
+    (FIXED, {"use_local_argmax_reduction": True}, {}, "speculative_config.use_local_argmax_reduction hides it"),
+    (FIXED, {"parallel_drafting": True}, {}, "speculative_config.parallel_drafting drafts every position in one pass"),
     (
         {"early_exit": {"threshold": 0.5}},
         {},
@@ -78,19 +84,97 @@ REFUSED = [
 
 @pytest.mark.parametrize(("nwor", "speculative", "settings", "words"), REFUSED, ids=[row[3][:40] for row in REFUSED])
 def test_contradictions_are_refused_in_one_line(tiny, nwor, speculative, settings, words):
-    with pytest.raises(Exception) as error:
+    with pytest.raises(NworError) as error:
         configured(tiny, nwor, speculative, **settings)
     said = str(error.value)
-    assert words in said
+    assert words in said and "\n" not in said
+    assert error.value.__cause__ is None
 
 
-@pytest.mark.parametrize("flag", ["use_local_argmax_reduction", "parallel_drafting"])
-def test_drafters_without_a_distribution_are_refused(tiny, flag):
-    """vLLM has conditions of its own for these flags, so they are set on a configuration that it accepted."""
-    from nwor_vllm.config import NworConfig
-    from nwor_vllm.plugin.configure import check
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """The configuration of a mixture of experts, as far as vLLM's own configuration reads it."""
+    folder = tmp_path_factory.mktemp("experts")
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048}
+    kind = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    (folder / "config.json").write_text(json.dumps(kind | shape | heads | {"num_experts_per_tok": 2}))
+    return folder
 
-    config = configured(tiny, None)
-    setattr(config.speculative_config, flag, True)
-    with pytest.raises(ConfigError, match=flag):
-        check(NworConfig(), config)
+
+@pytest.mark.parametrize(
+    "nwor", [{"policy": "goodput"}, {"policy": "off"}, FIXED | {"early_exit": {"threshold": 0.1}}], ids=str
+)
+def test_experts_whose_ranks_wait_for_each_other_draft_equally_long(tiny, experts, nwor):
+    with pytest.raises(ConfigError, match=r"data_parallel_size is 2 .* equally long.*; use policy 'fixed' without k"):
+        configured(tiny, nwor, model=str(experts), data_parallel_size=2)
+
+
+def test_experts_may_draft_one_length(tiny, experts):
+    config = configured(tiny, FIXED, model=str(experts), data_parallel_size=2)
+    assert config.speculative_config.num_speculative_tokens_per_batch_size is None
+    assert config.scheduler_config.scheduler_cls.startswith("nwor_vllm.")
+
+
+def test_dense_ranks_are_engines_of_their_own(tiny):
+    """vLLM drops the lengths under data parallelism, because ranks could wait for each other; dense ones do not."""
+    config = configured(tiny, {"policy": "goodput"}, data_parallel_size=2)
+    table = config.speculative_config.num_speculative_tokens_per_batch_size
+    assert sorted(k for _, _, k in table) == [0, 1, 2, 3, 5]
+
+
+class Extension:
+    """What a user may have put behind vLLM's workers."""
+
+    def theirs(self):
+        return "theirs"
+
+
+def scheduler_of_theirs():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return type("Theirs", (Scheduler,), {"__module__": __name__})
+
+
+def test_classes_of_the_user_are_kept(tiny, monkeypatch, caplog):
+    """By name or as they are: vLLM looks the pair up where it needs it, in this process or another."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from nwor_vllm.plugin.scheduler import Elastic
+    from nwor_vllm.plugin.worker import ElasticWorker
+
+    here = types.ModuleType("users_own")
+    here.Theirs, here.Extension, here.Foreign = scheduler_of_theirs(), Extension, Extension
+    here.Theirs.__module__ = here.__name__
+    monkeypatch.setitem(sys.modules, here.__name__, here)
+    for given in ("users_own.Theirs", here.Theirs):
+        config = configured(tiny, FIXED, scheduler_cls=given, worker_extension_cls="users_own.Extension")
+        scheduler = config.scheduler_config.get_scheduler_cls()
+        assert scheduler.__mro__[1:3] == (Elastic, here.Theirs)
+        assert pickle.loads(pickle.dumps(scheduler)) is scheduler
+        worker = resolve_obj_by_qualname(config.parallel_config.worker_extension_cls)
+        assert issubclass(worker, ElasticWorker) and worker().theirs() == "theirs"
+    with caplog.at_level("WARNING", "vllm.nwor"):
+        config = configured(tiny, FIXED, scheduler_cls="users_own.Foreign")
+        assert config.scheduler_config.get_scheduler_cls() is Extension
+        local = type("Local", (here.Theirs,), {"__qualname__": "function.<locals>.Local"})
+        assert configured(tiny, FIXED, scheduler_cls=local).scheduler_config.get_scheduler_cls() is local
+    said = [record.getMessage() for record in caplog.records if record.name == "vllm.nwor"]
+    assert "users_own.Foreign does not derive from vllm.v1.core.sched.scheduler.Scheduler" in said[0]
+    assert "move it there" in said[-1]
+
+
+PROGRAMS = {
+    "LLM": ["-c", "import sys, vllm; vllm.LLM(sys.argv[1], additional_config={'nwor': {'policy': 'godput'}})"],
+    "server": ["-m", "vllm.entrypoints.openai.api_server", "--additional-config", '{"nwor": {"policy": "godput"}}'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_last_word_of_a_refused_start_is_the_message(tiny, name):
+    model = [str(tiny[0])] if name == "LLM" else ["--model", str(tiny[0])]
+    done = subprocess.run([sys.executable, *PROGRAMS[name], *model], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "nwor: unknown policy 'godput'; did you mean 'goodput'?"
+    assert "Traceback" not in done.stderr

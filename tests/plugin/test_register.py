@@ -84,7 +84,10 @@ def test_disabled_leaves_every_stock_object_alone():
 
 @pytest.mark.vllm
 def test_on_but_unset_touches_the_configuration_class_only():
-    assert python(FINGERPRINT.format(register=True)) == ["ours: VllmConfig.__post_init__"]
+    assert python(FINGERPRINT.format(register=True)) == [
+        "ours: VllmConfig.__post_init__",
+        "ours: VllmConfig._maybe_disable_dynamic_sd_for_data_parallel",
+    ]
 
 
 @pytest.mark.vllm
