@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from nwor_vllm.bench.load import Rate, Slo
 from nwor_vllm.errors import ConfigError, MissingError, unknown_key
 
 PROFILES = ("embedded", "quick", "full")
@@ -27,6 +28,8 @@ Method = Literal["none", "ngram", "eagle", "eagle3", "draft_model"]
 Workload = Literal[
     "mixed", "code", "chat", "summary", "retrieval", "translation", "arithmetic", "creative", "json", "random"
 ]
+
+REFERENCES = ("best_fixed", "fixed", "repeat", "vanilla", "vanilla_engine")
 
 
 class Frozen(BaseModel):
@@ -42,12 +45,22 @@ class Engine(Frozen):
     drafter: str = ""  # the same; empty with method none or ngram
     method: Method = "eagle"
     draft_length: int = Field(ge=0, le=64)  # the longest draft the engine is built for
+    ladder: tuple[int, ...] = ()  # draft lengths a step may have; empty: 0, 1, 2, 3, 5, 8 up to draft_length
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     max_model_len: int = Field(default=4096, ge=16)
     max_num_seqs: int = Field(default=64, ge=1, le=65536)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     enforce_eager: bool = False
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ladder_reaches_from_zero_to_the_longest(self) -> Engine:
+        steps = list(self.ladder)
+        if steps and (steps != sorted(set(steps)) or steps[0] != 0 or steps[-1] != self.draft_length):
+            raise ValueError(
+                f"ladder is {steps}; expected ascending lengths from 0 to draft_length {self.draft_length}"
+            )
+        return self
 
     @property
     def group(self) -> str:
@@ -72,6 +85,10 @@ class Cell(Frozen):
     workload: Workload = "mixed"
     dataset: str = ""  # a JSONL or ShareGPT file instead of the workload
     ignore_eos: bool = False
+    request_rate: Rate = "inf"  # requests a second that arrive; inf: a batch comes at once
+    burstiness: Rate = 1.0  # gamma shape of the gaps between arrivals: 1 Poisson, below 1 bursts, inf even
+    max_concurrency: int | None = Field(default=None, ge=1)  # requests in flight at most
+    slo: Slo = Field(default_factory=dict)  # milliseconds of ttft, tpot, e2el that a good request meets
     references: tuple[str, ...] = ("vanilla", "fixed")  # arms measured beside the subject
     ncu: bool = False
     grid: str = ""
@@ -83,9 +100,15 @@ class Cell(Frozen):
     @classmethod
     def _known_arms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in ("vanilla", "fixed", "repeat"):
-                raise ValueError(f"unknown reference arm {name!r}; valid: fixed, repeat, vanilla")
+            if name not in REFERENCES:
+                raise ValueError(f"unknown reference arm {name!r}; valid: {', '.join(REFERENCES)}")
         return value
+
+    @model_validator(mode="after")
+    def _gaps_need_a_rate(self) -> Cell:
+        if self.burstiness != 1.0 and self.request_rate == "inf":
+            raise ValueError("burstiness is set and request_rate is inf, which leaves no gaps; set request_rate too")
+        return self
 
     @property
     def arm(self) -> str:
@@ -105,7 +128,7 @@ class Cell(Frozen):
         return digest(self.model_dump(exclude={*LABELS, "adaptive", "threshold", "policy"}))[:12]
 
 
-LABELS = frozenset({"grid", "id", "file", "headline", "ncu", "references"})
+LABELS = frozenset({"grid", "id", "file", "headline", "ncu", "references", "slo"})
 ENGINE_FIELDS = frozenset(Engine.model_fields) - {"draft_length"}
 CELL_FIELDS = frozenset(Cell.model_fields) - {"engine", "grid", "id", "file"}
 
@@ -124,11 +147,14 @@ def digest(value: Any) -> str:
 def first_problem(error: ValidationError, where: str) -> ConfigError:
     """pydantic's report as our one line."""
     problem = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in problem["loc"]) or "value"
+    path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return ConfigError(f"{where}: unknown setting {path!r}")
+    said = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # what is wrong lies between settings
+        return ConfigError(f"{where}: {said}")
     shown = repr(problem.get("input"))
-    return ConfigError(f"{where}: {path} is {shown[:60]}; {problem['msg']}")
+    return ConfigError(f"{where}: {path} is {shown[:60]}; {said}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

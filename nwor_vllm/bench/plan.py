@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nwor_vllm.bench import grid as grids
-from nwor_vllm.bench import provenance, record
+from nwor_vllm.bench import load, provenance, record
 from nwor_vllm.bench.grid import Cell, Grid
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
@@ -104,9 +104,29 @@ def add_grid_flags(parser: argparse.ArgumentParser, optional: bool = False) -> N
     parser.add_argument("--dataset", help="JSONL or ShareGPT file instead of the embedded prompts")
     parser.add_argument("--policy", help="what adaptive runs are driven by (default: goodput)")
     parser.add_argument("--batches", type=int, help="measured batches a run")
+    parser.add_argument("--references", nargs="+", metavar="ARM", help="arms beside the subject, over the grid's own")
+    load.add_flags(parser)
     parser.add_argument("--seeds", type=int, help="NUM_SEEDS: repeat every run with that many seeds")
     parser.add_argument("--only", help="ONLY: runs whose file name contains this")
     parser.add_argument("--retry-failed", action="store_true", help="run what failed too often once more")
+
+
+def given_flags(args: argparse.Namespace) -> list[str]:
+    """What was asked for on the command line, for another command with these flags."""
+    names = (
+        "profile",
+        "target",
+        "drafter",
+        "method",
+        "tensor_parallel_size",
+        "dataset",
+        "policy",
+        "batches",
+        "seeds",
+        "only",
+    )
+    given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
+    return given + (["--retry-failed"] if args.retry_failed else [])
 
 
 def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Grid, Path]:
@@ -120,9 +140,10 @@ def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Grid,
         value = getattr(args, field) if getattr(args, field) is not None else environ.get(variable) or None
         if value is not None:
             overrides[field] = _whole(variable, value) if field == "tensor_parallel_size" else value
-    for field in ("method", "dataset", "policy", "batches"):
+    for field in ("method", "dataset", "policy", "batches", "references"):
         if getattr(args, field) is not None:
             overrides[field] = getattr(args, field)
+    overrides |= load.settings(args)
     if overrides["method"] in ("none", "ngram"):
         overrides["drafter"] = ""
     seeds = args.seeds if args.seeds is not None else _whole("NUM_SEEDS", environ.get("NUM_SEEDS") or 1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nwor_vllm.bench.grid import Cell
 from nwor_vllm.errors import ConfigError, MissingError
@@ -22,6 +25,7 @@ class Prompt:
     text: str
     category: str
     seed: int  # of this request's sampling, the same for every arm
+    arrival_s: float = 0.0  # after the start of its batch, the same for every arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,30 @@ def build(cell: Cell) -> Workload:
         pool = generate(cell.workload, needed, cell.seed)
     prompts = [_numbered(pool[i % len(pool)], i, len(pool), cell.seed) for i in range(needed)]
     size = cell.requests
-    batches = [tuple(prompts[i : i + size]) for i in range(0, needed, size)]
+    batches = [_timed(prompts[i : i + size], cell, i // size) for i in range(0, needed, size)]
     return Workload(tuple(batches[cell.batches :]), tuple(batches[: cell.batches]), size * cell.batches > len(pool))
+
+
+def _timed(prompts: Sequence[Prompt], cell: Cell, batch: int) -> tuple[Prompt, ...]:
+    times = arrivals(len(prompts), cell.request_rate, cell.burstiness, (cell.seed, batch))
+    return tuple(replace(prompt, arrival_s=time) for prompt, time in zip(prompts, times, strict=True))
+
+
+def arrivals(count: int, rate: float | str, burstiness: float | str, seed: Sequence[int]) -> list[float]:
+    """Seconds after the start of a batch, one for each request, as vLLM's `bench serve` draws them.
+
+    Gaps are gamma distributed with shape `burstiness` (1 is a Poisson process, below 1 comes in bursts, inf is evenly
+    spaced) and scaled so that the last request arrives after count / rate seconds.
+    """
+    if rate == "inf":
+        return [0.0] * count
+    shape, mean = float(burstiness), 1 / float(rate)
+    if math.isinf(shape):
+        return [mean * (i + 1) for i in range(count)]
+    times = np.cumsum(np.random.default_rng(seed).gamma(shape, mean / shape, count))
+    # A tiny shape can leave every gap at 0: then they do all come at once, after n / rate seconds.
+    scale = count * mean / times[-1] if times[-1] > 0 else 1.0
+    return [float(time * scale) for time in times]
 
 
 def _numbered(source: tuple[str, str, str], index: int, pool: int, seed: int) -> Prompt:
