@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from nwor_vllm.policy.requests import Effects
+from nwor_vllm.policy.requests import Effects, Groups
 from nwor_vllm.policy.stop import Floats, Ints, log_odds, sigmoid
 
 BINS = 20
+LEAST, MOST = np.array([-6.0, 0.0]), np.array([6.0, 3.0])  # of (a, b); more confidence never means less
 PRIOR = np.array([2.0, 0.0, 4.0])  # information about (a, b) worth a handful of rounds
 
 
@@ -34,7 +35,7 @@ class Calibration:
         w = self.weights
         return sigmoid(w[:, 0] + w[:, 1] * log_odds(confidence) + self.effects.mean[rows][:, None])
 
-    def observe(self, rows: Ints, verified: Ints, accepted: Ints, confidence: Floats) -> None:
+    def observe(self, rows: Ints, groups: Groups, verified: Ints, accepted: Ints, confidence: Floats) -> None:
         reached = self._index < np.minimum(accepted + 1, verified)[:, None]
         reached &= ~np.isnan(confidence)
         if not reached.any():
@@ -45,7 +46,7 @@ class Calibration:
         self._count(p[reached], outcome[reached])
         residual = (outcome - p) * reached
         weight = p * (1.0 - p) * reached
-        self.effects.update(rows, residual.sum(axis=1), weight.sum(axis=1))
+        self.effects.update(groups, residual.sum(axis=1), weight.sum(axis=1))
         self._newton(residual, weight, x)
 
     def _newton(self, residual: Floats, weight: Floats, x: Floats) -> None:
@@ -57,9 +58,8 @@ class Calibration:
         g0, g1 = residual.sum(axis=0), (residual * x).sum(axis=0)
         determinant = a * d - b * b
         step = np.stack([(d * g0 - b * g1) / determinant, (a * g1 - b * g0) / determinant], axis=1)
-        self.weights = self.weights + np.clip(step, -0.5, 0.5)
-        self.weights[:, 0] = np.clip(self.weights[:, 0], -6.0, 6.0)
-        self.weights[:, 1] = np.clip(self.weights[:, 1], 0.0, 3.0)  # more confidence never means less
+        self.weights = self.weights + np.minimum(np.maximum(step, -0.5), 0.5)
+        self.weights = np.minimum(np.maximum(self.weights, LEAST), MOST)
         known = int(np.count_nonzero(np.cumprod(self.information[:, 0] > 0)))
         if 0 < known < self.positions:
             self.weights[known:] = self.weights[known - 1]
@@ -67,7 +67,9 @@ class Calibration:
     def learn_following(self, history: Floats, predicted: Floats, drafted: Ints, verified: Ints) -> None:
         """Rows that kept slot j and drafted j + 1: how much better than `history` was that next draft's confidence?"""
         shown = (self._index < drafted[:, None]) & (self._index <= verified[:, None])
-        shift = np.clip(np.log(predicted / (1.0 - predicted)) - np.log(history / (1.0 - history)), -4.0, 4.0) * shown
+        predicted = np.minimum(np.maximum(predicted, 1e-6), 1.0 - 1e-6)
+        shift = np.log(predicted / (1.0 - predicted)) - np.log(history / (1.0 - history))
+        shift = np.minimum(np.maximum(shift, -4.0), 4.0) * shown
         count = shown.sum(axis=0)
         rate = count / (count + 50.0)
         self.following += rate * (shift.sum(axis=0) / np.maximum(count, 1) - self.following)

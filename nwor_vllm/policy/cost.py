@@ -1,10 +1,10 @@
 """What a step takes: learnt online from step times, believed only where it was seen, monotone in what is asked of it.
 
-seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, hinges of the verified
-tokens) with w >= 0, so monotone, and convex in the tokens as rooflines are; times a correction per size bucket of the
-verified tokens (graph padding and tile sizes make real costs step, not slope). Directions that the traffic does not
-excite stay at the prior (one draft length at one batch size cannot tell verification from drafting; a ridge can).
-Residuals are clipped, so that a suspended machine is one bounded mistake.
+seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, judged draft steps, judged
+x requests, hinges of the verified tokens) with w >= 0, so monotone, and convex in the tokens as rooflines are; times a
+correction per size bucket of the verified tokens (graph padding and tile sizes make real costs step, not slope).
+Directions that the traffic does not excite stay at the prior (one draft length at one batch size cannot tell
+verification from drafting; a ridge can). Residuals are clipped, so that a suspended machine is one bounded mistake.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,15 +21,16 @@ from nwor_vllm.policy.stop import Floats
 
 HINGES = np.array([0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0])  # verified tokens from which another slope may add up
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
-PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.0005, 0.02, 0.001, 0.003, *[0.0005] * (len(HINGES) - 1)])
+PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.0005, 0.02, 0.001, 0.002, 0.0001, 0.003, *[0.0005] * (len(HINGES) - 1)])
 SIZE = len(PRIOR_SHARES)
-DRAFT, DRAFT_REQUEST, TOKENS = 2, 3, 6  # places in the vectors
-PRIOR_STRENGTH = 1.0  # the prior's standard deviation is the weight itself over this
+DRAFT, DRAFT_REQUEST, JUDGED, JUDGED_REQUEST, TOKENS = 2, 3, 6, 7, 8  # places in the vectors
+# The prior's standard deviation over the weight itself; judging costs next to nothing on a GPU and much on a CPU.
+PRIOR_WIDTH = np.array([5.0 if i in (JUDGED, JUDGED_REQUEST) else 1.0 for i in range(SIZE)])
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
 MEMORY = 2000.0  # steps
-EAGER = 64  # solve after every step until this many were seen, then every SOLVE_EVERY
-SOLVE_EVERY = 8
+EAGER = 64  # until this many steps were seen every call solves, then every SOLVE_EVERY steps
+SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
@@ -37,8 +38,28 @@ KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS)
 PLACES = np.arange(BUCKETS)
 
 
+class Timed(NamedTuple):
+    """One step as the model sees it."""
+
+    requests: int
+    verified: int
+    steps: int  # draft forwards
+    judged: int  # those after which the draft was judged
+    context: int
+    seconds: float
+
+
 def _row(requests: float) -> int:
     return min(ROWS - 1, round(math.log2(max(requests, 1))))
+
+
+def features(requests: Any, verified: Floats, steps: Any, context: Any = 0.0, judged: Any = 0.0) -> Floats:
+    x = np.empty((len(verified), SIZE))
+    x[:, 0], x[:, 1], x[:, DRAFT], x[:, DRAFT_REQUEST] = 1.0, requests, steps, steps * requests
+    x[:, 4], x[:, 5] = steps > 0, context / 1024.0
+    x[:, JUDGED], x[:, JUDGED_REQUEST] = judged, judged * requests
+    np.maximum(verified[:, None] - HINGES, 0.0, out=x[:, TOKENS:])
+    return x
 
 
 class Cost:
@@ -51,6 +72,7 @@ class Cost:
         self.bucket: Floats = np.zeros((2, ROWS, BUCKETS))  # sum of log ratios, count
         self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
+        self.solve_at = 0
         self.scales: list[float] = []
         self.error = math.nan  # moving mean of |log(measured / predicted)|
 
@@ -58,25 +80,27 @@ class Cost:
     def known(self) -> bool:
         return self.seen > 0
 
-    def features(self, requests: float, verified: Floats, steps: Floats, context: float) -> Floats:
-        x = np.empty((len(verified), SIZE))
-        x[:, 0], x[:, 1], x[:, DRAFT], x[:, DRAFT_REQUEST] = 1.0, requests, steps, steps * requests
-        x[:, 4], x[:, 5] = steps > 0, context / 1024.0
-        np.maximum(verified[:, None] - HINGES, 0.0, out=x[:, TOKENS:])
-        return x
-
-    def predict(self, requests: float, verified: Floats, steps: Floats, context: float = 0.0) -> Floats:
-        """Seconds of steps that differ in verified tokens and draft steps; 1 per target-only step while unknown."""
+    def predict(self, requests: Any, verified: Floats, steps: Floats, context: Any = 0.0, judged: Any = 0.0) -> Floats:
+        """Seconds of steps; 1 per target-only step while unknown. Any argument may be an array, a value per step."""
         weights = self.weights if self.seen else PRIOR_SHARES
-        base = self.features(requests, verified, steps, context) @ weights
-        place = FINE * np.log2(np.maximum(verified, 1.0))
-        seconds = base * np.interp(place, PLACES, self.correction[_row(requests)])
-        return np.asarray(np.maximum(seconds, SHORTEST))
+        base = features(requests, verified, steps, context, judged) @ weights
+        if isinstance(requests, np.ndarray):
+            correction = self._corrections(requests, verified)
+        else:
+            correction = np.interp(FINE * np.log2(np.maximum(verified, 1.0)), PLACES, self.correction[_row(requests)])
+        return np.asarray(np.maximum(base * correction, SHORTEST))
+
+    def _corrections(self, requests: Floats, verified: Floats) -> Floats:
+        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1).astype(np.int64)
+        place = np.minimum(FINE * np.log2(np.maximum(verified, 1.0)), BUCKETS - 1.001)
+        left = place.astype(np.int64)
+        part = place - left
+        return np.asarray((1.0 - part) * self.correction[rows, left] + part * self.correction[rows, left + 1])
 
     def draft_step(self, requests: float) -> float:
-        """Seconds of one more draft step."""
+        """Seconds of one more draft step, judged."""
         w = self.weights if self.seen else PRIOR_SHARES
-        return float(w[DRAFT] + w[DRAFT_REQUEST] * requests)
+        return float(w[DRAFT] + w[JUDGED] + (w[DRAFT_REQUEST] + w[JUDGED_REQUEST]) * requests)
 
     def verify_slot(self, requests: float, tokens: float, context: float = 0.0) -> float:
         """Seconds of one more verified draft, around `tokens` of them: the slope over a sixth either way."""
@@ -84,38 +108,50 @@ class Cost:
         low, high = self.predict(requests, np.array([tokens - width, tokens + width]), np.zeros(2), context)
         return max(0.0, float(high - low)) / (2.0 * width)
 
-    def observe(self, requests: int, verified: int, steps: int, context: int, seconds: float) -> None:
-        if not math.isfinite(seconds) or seconds <= 0 or requests <= 0:
-            return
-        x = self.features(requests, np.array([float(verified)]), np.array([float(steps)]), context)[0]
-        if self.seen < EAGER:  # the first steps of a process are slow: the scale is their median, not the first
-            self.scales.append(seconds / float(PRIOR_SHARES @ x))
+    def observe(self, steps: Sequence[Timed]) -> None:
+        good = [s for s in steps if math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0]
+        if good:
+            self._learn(np.array(good, float).T)
+
+    def _learn(self, data: Floats) -> None:
+        requests, verified, steps, judged, context, seconds = data
+        x = features(requests, verified, steps, context, judged)
+        eager = self.seen < EAGER
+        if eager:  # the first steps of a process are slow: the scale is their median, not the first
+            self.scales += (seconds / (x @ PRIOR_SHARES)).tolist()
             self.prior = PRIOR_SHARES * statistics.median(self.scales)
         if not self.seen:
             self.weights = self.prior.copy()
-        expected = float(self.weights @ x)
-        ratio = math.log(max(seconds, 1e-12) / expected)
-        place = FINE * math.log2(max(verified, 1))
-        corrected = ratio - math.log(float(np.interp(place, PLACES, self.correction[_row(requests)])))
-        small = min(abs(corrected), 1.0)
-        self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
-        clipped = expected * math.exp(max(-CLIP * NOISE, min(CLIP * NOISE, ratio))) if self.seen >= EAGER else seconds
-        if self.seen < EAGER and self.seen:
-            clipped = min(max(seconds, expected / 3), expected * 3)
+        expected = x @ self.weights
+        ratio = np.log(np.maximum(seconds, 1e-12) / expected)
+        for wrong in np.abs(ratio - np.log(self._corrections(requests, verified))).tolist():
+            small = min(wrong, 1.0)
+            self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
+        if eager:
+            clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
+        else:
+            clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
         scale = 1.0 / (NOISE * expected)
-        self.moment = self.keep * self.moment + np.outer(x * scale, x * scale)
-        self.target = self.keep * self.target + x * (clipped * scale * scale)
-        self.seen += 1
-        self._correct(_row(requests), place, max(-0.5, min(0.5, ratio)))
-        if self.seen < EAGER or self.seen % SOLVE_EVERY == 0:
+        scaled = x * scale[:, None]
+        fade = self.keep ** len(x)
+        self.moment = fade * self.moment + scaled.T @ scaled
+        self.target = fade * self.target + (clipped * scale) @ scaled
+        self.seen += len(x)
+        self._correct(requests, verified, ratio)
+        if eager or self.seen >= self.solve_at:
             self._solve()
+            self.solve_at = self.seen + SOLVE_EVERY
 
-    def _correct(self, row: int, place: float, ratio: float) -> None:
-        cell = min(BUCKETS - 1, round(place))
-        self.bucket[:, row, cell] *= 0.98
-        self.bucket[0, row, cell] += ratio
-        self.bucket[1, row, cell] += 1.0
-        self._smooth(row)
+    def _correct(self, requests: Floats, verified: Floats, ratio: Floats) -> None:
+        touched = set()
+        for n, tokens, log in zip(requests.tolist(), verified.tolist(), ratio.tolist(), strict=True):
+            row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
+            self.bucket[:, row, cell] *= 0.98
+            self.bucket[0, row, cell] += max(-0.5, min(0.5, log))
+            self.bucket[1, row, cell] += 1.0
+            touched.add(row)
+        for row in touched:
+            self._smooth(row)
 
     def _smooth(self, row: int) -> None:
         total, count = self.bucket[:, row] @ KERNEL
@@ -123,7 +159,7 @@ class Cost:
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: coordinate descent from where it stands."""
-        ridge = (PRIOR_STRENGTH / np.maximum(self.prior, 1e-12)) ** 2
+        ridge = 1.0 / (PRIOR_WIDTH * np.maximum(self.prior, 1e-12)) ** 2
         a = (self.moment + np.diag(ridge)).tolist()
         b = (self.target + ridge * self.prior).tolist()
         w = self.weights.tolist()
@@ -138,7 +174,7 @@ class Cost:
     def seed(self, rows: Iterable[Sequence[float]]) -> None:
         """Start warm: (requests, verified tokens, draft steps, context tokens, seconds) as measured before."""
         for n, verified, steps, context, seconds in rows:
-            self.observe(int(n), int(verified), int(steps), int(context), float(seconds))
+            self.observe([Timed(int(n), int(verified), int(steps), 0, int(context), float(seconds))])
         for _ in range(50):
             self._solve()
 
@@ -150,6 +186,7 @@ class Cost:
             "target": self.target.tolist(),
             "bucket": self.bucket.tolist(),
             "seen": self.seen,
+            "solve_at": self.solve_at,
             "scales": list(self.scales),
             "error": None if math.isnan(self.error) else self.error,
         }
@@ -160,6 +197,6 @@ class Cost:
         self.bucket = np.array(state["bucket"], float)
         for row in range(ROWS):
             self._smooth(row)
-        self.seen = int(state["seen"])
+        self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.scales = [float(x) for x in state["scales"]]
         self.error = math.nan if state["error"] is None else float(state["error"])

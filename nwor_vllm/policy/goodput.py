@@ -12,22 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from nwor_vllm.errors import ConfigError
-from nwor_vllm.policy.base import Plan, Step, StopRule
+from nwor_vllm.policy.base import Plan, Round, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
-from nwor_vllm.policy.cost import Cost
-from nwor_vllm.policy.guard import Guard
-from nwor_vllm.policy.requests import Slots
+from nwor_vllm.policy.cost import Cost, Timed
+from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
+from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 
 MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
+LEARN_EVERY = 4  # steps learnt from in one go, once the first ones are behind: learning costs more than a small step
+EAGER_STEPS = 16
+MOST_ROUNDS = 256  # learnt from in one go; a sample of the steps says as much as all of them
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,39 @@ class GoodputParams:
                 raise ConfigError(f"policy_params.{name} is {getattr(self, name)}; expected a whole number from 1 up")
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A step, the plan it ran under, and what history alone would have planned."""
+
+    step: Step
+    plan: Plan
+    plain: Plan
+
+    def timed(self) -> Timed:
+        step = self.step
+        judged = step.draft_steps if any(r.confidence for r in step.rounds) else 0
+        return Timed(step.requests, step.verified_tokens, step.draft_steps, judged, step.context_tokens, step.seconds)
+
+
+class _Batch:
+    """The rounds of several steps, one row each."""
+
+    def __init__(self, seen: Sequence[_Seen], limit: int) -> None:
+        rounds: list[Round] = [r for s in seen for r in s.step.rounds]
+        self.ids = [r.request_id for r in rounds]
+        self.every = np.arange(len(rounds))
+        self.starts = np.array([0, *accumulate(len(s.step.rounds) for s in seen)])
+        numbers = np.array([(r.drafted, r.verified, r.accepted, len(r.confidence)) for r in rounds], np.int64)
+        self.drafted, self.verified, accepted, self.shown = np.minimum(np.maximum(numbers, 0), limit).T
+        self.accepted: Ints = np.minimum(accepted, self.verified)
+        self.plain = np.array([s.plain.caps.get(r.request_id, s.plain.k) for s in seen for r in s.step.rounds])
+        self.watched = bool(self.shown.any())
+        self.confidence: Floats = np.full((len(rounds), limit), np.nan)
+        if self.watched:
+            flat = np.fromiter(chain.from_iterable(r.confidence[:limit] for r in rounds), float)
+            self.confidence[np.arange(limit) < self.shown[:, None]] = flat
+
+
 class Goodput:
     name = "goodput"
 
@@ -73,20 +109,56 @@ class Goodput:
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
         self.kept = -1.0  # drafts verified per request under the stop rule, moving average; -1 = none yet
         self._last: Plan = Plan(0)
+        self._plain: Plan = Plan(0)
+        self._decided: tuple[list[str], Plan, Plan] | None = None  # for whom, with and without confidence
+        self._pending: list[_Seen] = []
 
     # Deciding
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
+        if not requests or self.k_max == 0:
+            self._last = self._plain = Plan(0, watch=False)
+            return self._last
+        ids = list(requests)
+        if self._decided is None or self._decided[0] != ids:
+            self._decided = ids, *self._decide(ids, context_tokens)
+        _, judged, self._plain = self._decided
+        forced = self._forced(self._plain.k)
+        if forced is not None:
+            self._last = Plan(forced, watch=False)
+        else:
+            self._last = self._plain if self.guard.fallback == PLAIN else judged
+        return self._last
+
+    def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
+        """The plan that uses the drafter's confidence, and the one that does without."""
         rows = self._rows(requests)
         n = len(rows)
-        if n == 0 or self.k_max == 0:
-            self._last = Plan(0)
-            return self._last
         survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
-        k, rate, tokens = self._best(n, survival, context_tokens)
+        k, rate, tokens = self._best(n, survival, context)
         self.rate = rate * self.ratio
-        self._last = self._shaped(requests, rows, survival, k, tokens, context_tokens)
-        return self._last
+        if k == 0:
+            return Plan(0, watch=False), Plan(0, watch=False)
+        price = rate * self.cost.verify_slot(n, tokens, context)
+        plain = Plan(k, self._caps(requests, survival, k, price), watch=False)
+        if not self.params.confidence:
+            return plain, plain
+        if not self.sees_confidence:
+            return Plan(k, plain.caps), plain
+        if self.kept >= 0:
+            tokens = n * (1.0 + self.kept)
+        price = self.rate * self.cost.verify_slot(n, tokens, context)
+        stop = self._stop_rule(survival, n, price)
+        k = self.k_max if self.honoured > 0.5 else k
+        bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
+        # Confidence sees the good moments of a poor request: history caps it later.
+        return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
+
+    def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
+        if not self.params.per_request:
+            return {}
+        limit = (survival[:, :k] >= price).sum(axis=1)
+        return {requests[i]: int(limit[i]) for i in np.flatnonzero(limit < k)}
 
     def _rows(self, requests: Sequence[str]) -> Ints:
         rows, fresh = self.slots.rows(requests)
@@ -114,34 +186,10 @@ class Goodput:
         best = int(np.argmax(tokens / seconds))
         return self.ladder[best], float(tokens[best] / seconds[best]), float(n * (1 + self.ladder[best]))
 
-    def _shaped(
-        self, requests: Sequence[str], rows: Ints, survival: Floats, k: int, tokens: float, context: int
-    ) -> Plan:
-        forced = self._forced(k)
-        if forced is not None:
-            return Plan(forced)
-        if k == 0:
-            return Plan(0)
-        n = len(rows)
-        if self.kept >= 0 and self.sees_confidence and self.params.confidence:
-            tokens = n * (1.0 + self.kept)
-        verify = self.rate * self.cost.verify_slot(n, tokens, context)
-        stop = None
-        if self.params.confidence and self.sees_confidence:
-            stop = self._stop_rule(rows, survival, n, verify)
-            if self.honoured > 0.5:
-                k = self.k_max
-        caps: dict[str, int] = {}
-        if self.params.per_request:
-            price = verify * (0.25 if stop else 1.0)  # confidence sees the good moments of a poor request
-            limit = (survival[:, :k] >= price).sum(axis=1)
-            caps = {requests[i]: int(limit[i]) for i in np.flatnonzero(limit < k)}
-        bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True)) if stop else {}
-        return Plan(k, caps, stop, bias)
-
-    def _stop_rule(self, rows: Ints, survival: Floats, n: int, verify: float) -> StopRule:
+    def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
         total = survival.sum(axis=0)
-        hazard = np.clip(np.append(total[:1] / n, total[1:] / np.maximum(total[:-1], 1e-9)), 1e-4, 1 - 1e-4)
+        hazard = np.append(total[:1] / n, total[1:] / np.maximum(total[:-1], 1e-9))
+        hazard = np.minimum(np.maximum(hazard, 1e-4), 1 - 1e-4)
         odds = np.log(hazard / (1.0 - hazard)) + self.calibration.following
         return StopRule(
             verify_cost=min(verify, 0.95),
@@ -178,94 +226,112 @@ class Goodput:
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        if not step.prefill_tokens:
-            self.cost.observe(step.requests, step.verified_tokens, step.draft_steps, step.context_tokens, step.seconds)
-        if not step.rounds or self.k_max == 0:
-            return
-        rounds = step.rounds
-        rows = self.slots.known([r.request_id for r in rounds])
-        limit = self.k_max
-        numbers = np.array([(r.drafted, r.verified, r.accepted) for r in rounds], np.int64)
-        drafted, verified, accepted = np.clip(numbers, 0, limit).T
-        accepted = np.minimum(accepted, verified)
-        history = self.survival.hazards(rows)
+        if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
+            self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
+        self._pending.append(_Seen(step, self._last, self._plain))
+        if self.steps < EAGER_STEPS or len(self._pending) >= LEARN_EVERY:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
+        seen, self._pending, self._decided = self._pending, [], None
+        self.cost.observe([s.timed() for s in seen if not s.step.prefill_tokens])
+        drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
+        while len(drafting) > 1 and sum(len(s.step.rounds) for s in drafting) > MOST_ROUNDS:
+            drafting.pop(0)
+        self.guard.idle(len(seen) - len(drafting))
+        if drafting and self.k_max:
+            self._learn_rounds(drafting)
+
+    def _learn_rounds(self, seen: list[_Seen]) -> None:
+        batch = _Batch(seen, self.k_max)
+        rows = self.slots.known(batch.ids)
+        groups, history = Groups(rows), self.survival.hazards(rows)
         soft = np.full(len(rows), np.nan)
-        if any(r.confidence for r in rounds):
+        if batch.watched:
             self.sees_confidence = True
-            confidence = self._confidence(step)
-            predicted = self.calibration.predict(rows, confidence)
-            cut = np.flatnonzero(drafted > verified)
-            soft[cut] = predicted[cut, verified[cut]]
-            self.calibration.learn_following(history, np.clip(predicted, 1e-6, 1 - 1e-6), drafted, verified)
-            self._check_honour(step, rows, confidence)
-            self.calibration.observe(rows, verified, accepted, confidence)
-        if step.k > 0:
-            self.survival.observe(rows, verified, accepted, soft)
-            self._after_draft()
-        self._compare(step, history, verified, accepted, soft)
+            predicted = self.calibration.predict(rows, batch.confidence)
+            cut = np.flatnonzero((batch.drafted > batch.verified) & (batch.shown > batch.verified))
+            soft[cut] = predicted[cut, batch.verified[cut]]
+            self.calibration.learn_following(history, predicted, np.minimum(batch.drafted, batch.shown), batch.verified)
+            self._check_honour(seen[-1], batch.confidence[batch.starts[-2] :])
+            self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
+        self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
+        self._compare(seen, batch, history, soft)
 
-    def _confidence(self, step: Step) -> Floats:
-        out = np.full((len(step.rounds), self.k_max), np.nan)
-        lengths = np.array([min(len(r.confidence), self.k_max) for r in step.rounds])
-        flat = np.fromiter(chain.from_iterable(r.confidence[: self.k_max] for r in step.rounds), float)
-        out[self._index < lengths[:, None]] = flat
-        return out
-
-    def _check_honour(self, step: Step, rows: Ints, confidence: Floats) -> None:
-        stop = self._last.stop
-        if stop is None or step.k <= 1 or step.k != self._last.k:
+    def _check_honour(self, seen: _Seen, confidence: Floats) -> None:
+        step, last = seen.step, seen.plan
+        if last.stop is None or step.k <= 1 or step.k != last.k:
             return
         if step.draft_steps < step.k:
             self.honoured += 0.5 * (1.0 - self.honoured)
-        elif self.steps % 8 == 0 or self.honoured:
-            caps = np.array([self._last.caps.get(r.request_id, step.k) for r in step.rounds], np.int64)
-            bias = np.array([self._last.bias.get(r.request_id, 0.0) for r in step.rounds])
-            steps, _ = evaluate(stop, step.k, caps, bias, confidence)
+        else:
+            caps = np.array([last.caps.get(r.request_id, step.k) for r in step.rounds], np.int64)
+            bias = np.array([last.bias.get(r.request_id, 0.0) for r in step.rounds])
+            steps, _ = evaluate(last.stop, step.k, caps, bias, confidence)
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _after_draft(self) -> None:
-        if self.idle >= self.idle_wait:  # that was a probe from zero
-            self.idle = 0
-            self.idle_wait = min(2 * self.idle_wait, 512)
-
-    def _compare(self, step: Step, history: Floats, verified: Ints, accepted: Ints, soft: Floats) -> None:
-        """Feed the guard: realised tokens and time of this step against every rung's."""
-        n = len(step.rounds)
-        if step.prefill_tokens or n != step.requests or not self.cost.known:
+    def _compare(self, seen: list[_Seen], batch: _Batch, history: Floats, soft: Floats) -> None:
+        """Feed the guard: realised tokens and time of these steps against every alternative's."""
+        if not self.cost.known:
             return
-        tokens = float(n + accepted.sum())
-        rungs = self._rungs.astype(float)
-        predicted = np.array([float(step.verified_tokens)]), np.array([float(step.draft_steps)])
-        expected = float(self.cost.predict(n, *predicted, step.context_tokens)[0])
-        measured = step.seconds if step.seconds > 0 else expected
-        seconds = min(max(measured, 0.5 * expected), 2.0 * expected)
-        shadow_seconds = self.cost.predict(n, n * (1.0 + rungs), rungs, step.context_tokens)
+        whole = np.array([not s.step.prefill_tokens and len(s.step.rounds) == s.step.requests for s in seen])
+        if not whole.any():
+            return
+        n = np.diff(batch.starts).astype(float)
+        verified, accepted = batch.verified[:, None], batch.accepted[:, None]
         # Kept by a fixed length: known up to the first rejection, expected beyond a cut.
-        cut = (accepted == verified)[:, None] & (self._index >= verified[:, None])
+        cut = (accepted == verified) & (self._index >= verified)
         chance = np.where(cut, history, 1.0)
-        seen = np.flatnonzero(~np.isnan(soft) & (accepted == verified))
-        chance[seen, verified[seen]] = soft[seen]  # the confidence that cut the row says what it would have kept
-        beyond = np.cumprod(chance, axis=1) * cut
-        kept = (self._index < accepted[:, None]) + beyond
-        gain = np.concatenate([[0.0], np.cumsum(kept.sum(axis=0))])[self._rungs]
-        self.guard.observe(tokens, seconds, n + gain, shadow_seconds)
-        if self._last.stop and step.k == self._last.k and self.guard.fallback < 0:
-            kept = float(verified.sum()) / n
-            self.kept = kept if self.kept < 0 else self.kept + 0.1 * (kept - self.kept)
-            achieved = tokens * self.ratio / (seconds * self.rate)
-            self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
+        told = np.flatnonzero(~np.isnan(soft) & (batch.accepted == batch.verified))
+        chance[told, batch.verified[told]] = soft[told]  # the confidence that cut the row says what it would have kept
+        kept = (self._index < accepted) + np.multiply.accumulate(chance, axis=1) * cut
+        gain = np.zeros((len(kept), self.k_max + 1))
+        np.add.accumulate(kept, axis=1, out=gain[:, 1:])
+        plain = batch.plain
+        rungs = self._rungs.astype(float)
+        sums = np.add.reduceat(
+            np.column_stack([gain[:, self._rungs], gain[batch.every, plain], plain]), batch.starts[:-1]
+        )
+        longest = np.array([s.plain.k for s in seen], float)
+        slots = np.column_stack([n[:, None] * rungs, sums[:, -1]])
+        drafts = np.column_stack([np.broadcast_to(rungs, (len(seen), len(rungs))), longest])
+        timed = np.array([s.timed() for s in seen], float)
+        context, measured = timed[:, 4], timed[:, 5]
+        wide = drafts.shape[1]
+        shadow = self.cost.predict(
+            np.repeat(n, wide), (n[:, None] + slots).ravel(), drafts.ravel(), np.repeat(context, wide)
+        ).reshape(drafts.shape)
+        expected = self.cost.predict(timed[:, 0], timed[:, 1], timed[:, 2], context, timed[:, 3])
+        measured = np.where(measured > 0, measured, expected)  # NaN too
+        seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
+        tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
+        self.guard.observe(tokens[whole], seconds[whole], (n[:, None] + sums[:, :-1])[whole], shadow[whole])
+        if self.guard.fallback != POLICY:
+            return
+        for i in np.flatnonzero(whole).tolist():
+            if seen[i].plan.stop is not None and seen[i].step.k == seen[i].plan.k:
+                mean = float(batch.verified[batch.starts[i] : batch.starts[i + 1]].mean())
+                self.kept = mean if self.kept < 0 else self.kept + 0.1 * (mean - self.kept)
+                achieved = float(tokens[i]) * self.ratio / (float(seconds[i]) * self.rate)
+                self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 
     def seed_cost(self, rows: Iterable[Sequence[float]]) -> None:
         """Start with a stored profile's step times (`policy.profile.read(path).rows`) instead of guesses."""
         self.cost.seed(rows)
 
     def forget(self, request_id: str) -> None:
+        if self._pending:
+            self._learn()
         self.slots.forget(request_id)
 
     # State
 
     def snapshot(self) -> dict[str, Any]:
+        if self._pending:
+            self._learn()
+        self._decided = None
         scalars = (
             "steps",
             "sees_confidence",
@@ -283,6 +349,7 @@ class Goodput:
         return {name: getattr(self, name) for name in scalars} | {p: getattr(self, p).snapshot() for p in parts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        self._pending, self._decided = [], None
         for name, value in state.items():
             part = getattr(self, name)
             if hasattr(part, "restore"):

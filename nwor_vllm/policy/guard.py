@@ -1,9 +1,13 @@
-"""No regret: is the policy at least as good as not speculating, and as the best fixed draft length?
+"""No regret: is the policy at least as good as not speculating, as the best fixed draft length, as its own history?
 
-Each fixed length is shadowed on the same rounds: what it would have kept (known up to the first rejection; where a
+Every alternative is shadowed on the same rounds: what it would have kept (known up to the first rejection; where a
 round was cut short of it, the expected rest) and what the step would have cost under the same cost model. The pairing
 removes the luck of the text from the comparison. Below 0.99 of a shadow, by more than its noise, the guard hands the
-steps to that fixed length for a hold that doubles each time: trips in N steps grow as log N, so it cannot oscillate.
+steps to that alternative for a hold that doubles with each trip and halves only after four holds' worth of good steps:
+trips in N steps grow slower than N over the hold, so it cannot oscillate.
+
+The alternatives are the fixed lengths of the ladder, and `PLAIN`: the policy without the drafter's confidence, whose
+own steps are held against the fixed lengths in turn.
 """
 
 from __future__ import annotations
@@ -21,50 +25,70 @@ MIN_STEPS = 6
 SIGMAS = 2.0
 FIRST_HOLD = 32
 MAX_HOLD = 8192
+POLICY, PLAIN = -1, -2  # who has the steps, if not a fixed length
 
 
 class Guard:
     def __init__(self, ladder: Sequence[int]) -> None:
         self.ladder = tuple(ladder)
-        self.keep = 1.0 - 1.0 / MEMORY
         self.hold = FIRST_HOLD
         self.left = 0  # steps until the policy is tried again
-        self.fallback = -1  # the draft length that has the steps, -1 = the policy has them
+        self.fallback = POLICY  # the draft length that has the steps, or who else has them
         self.trips = 0
         self._clear()
 
     def _clear(self) -> None:
-        rungs = len(self.ladder)
-        self.steps = 0
+        alternatives = len(self.ladder) + 1
+        self.steps = self.since = 0
         self.mine: Floats = np.zeros(2)  # discounted tokens, seconds
-        self.shadow: Floats = np.zeros((2, rungs))
-        self.scatter: Floats = np.zeros(rungs)  # discounted squares of the per-step difference of log rates
+        self.shadow: Floats = np.zeros((2, alternatives))  # the rungs, then PLAIN
+        self.scatter: Floats = np.zeros(alternatives)  # discounted squares of the difference of log rates per step
         self.weight = 0.0
 
-    def observe(self, tokens: float, seconds: float, shadow_tokens: Floats, shadow_seconds: Floats) -> None:
-        """One step of the policy, and what every fixed length would have made of it."""
-        k = self.keep
-        self.shadow = k * self.shadow + np.stack([shadow_tokens, shadow_seconds])
+    def observe(self, tokens: Floats, seconds: Floats, shadow_tokens: Floats, shadow_seconds: Floats) -> None:
+        """Steps as they were, [steps], and what every alternative would have made of them, [steps, alternatives]."""
+        n = len(tokens)
+        k = (1.0 - 1.0 / MEMORY) ** n
+        shadow = np.stack([shadow_tokens.sum(axis=0), shadow_seconds.sum(axis=0)])
+        self.shadow = k * self.shadow + shadow
         if self.fallback >= 0:
-            self._hold()
+            self._hold(n)
             return
-        self.steps += 1
-        self.weight = k * self.weight + 1.0
-        self.mine = k * self.mine + (tokens, seconds)
-        mine, shadow = self.mine / self.weight, self.shadow / self.weight
-        difference = tokens / mine[0] - seconds / mine[1] - shadow_tokens / shadow[0] + shadow_seconds / shadow[1]
-        self.scatter = k * self.scatter + difference * difference
+        self.steps += n
+        self.weight = k * self.weight + n
+        self.mine = k * self.mine + (tokens.sum(), seconds.sum())
+        mine, mean = self.mine / self.weight, self.shadow / self.weight
+        difference = (
+            (tokens / mine[0] - seconds / mine[1])[:, None] - shadow_tokens / mean[0] + shadow_seconds / mean[1]
+        )
+        self.scatter = k * self.scatter + (difference * difference).sum(axis=0)
+        if self.fallback == PLAIN and self._ended(n):
+            return
         if self.steps >= MIN_STEPS:
             self._judge()
-            if self.steps % (8 * FIRST_HOLD) == 0 and self.steps > 4 * self.hold:
-                self.hold = max(FIRST_HOLD, self.hold // 2)
+            self._relax(n)
 
-    def _hold(self) -> None:
-        """Steps with the fallback still teach about shorter lengths: move down, never up, until the hold ends."""
-        self.left -= 1
-        if self.left <= 0:
-            self.fallback = -1
-            self._clear()
+    def idle(self, n: int) -> None:
+        """Steps that drafted nothing: they compare nothing, but a hold ends."""
+        if n and self.fallback != POLICY:
+            self._ended(n)
+
+    def _relax(self, n: int) -> None:
+        self.since += n
+        if self.fallback == POLICY and self.since >= 4 * self.hold:
+            self.hold, self.since = max(FIRST_HOLD, self.hold // 2), 0
+
+    def _ended(self, n: int) -> bool:
+        self.left -= n
+        if self.left > 0:
+            return False
+        self.fallback = POLICY
+        self._clear()
+        return True
+
+    def _hold(self, n: int) -> None:
+        """Steps with a fixed length still teach about shorter ones: move down, never up, until the hold ends."""
+        if self._ended(n):
             return
         rates = self.shadow[0] / self.shadow[1]
         here = self.ladder.index(self.fallback)
@@ -73,19 +97,23 @@ class Guard:
             self.fallback = self.ladder[best]
 
     def ratios(self) -> Floats:
-        """The policy's rate over each fixed length's; ones before any step."""
+        """The rate of who has the steps over each alternative's; ones before any step."""
         if not self.steps:
-            return np.ones(len(self.ladder))
+            return np.ones(len(self.ladder) + 1)
         return np.asarray((self.mine[0] / self.mine[1]) / (self.shadow[0] / self.shadow[1]))
 
     def _judge(self) -> None:
         error = np.sqrt(self.scatter) / self.weight
         upper = np.log(self.ratios()) + SIGMAS * error
+        if self.fallback == PLAIN:
+            upper = upper[:-1]
         worst = int(np.argmin(upper))
         if upper[worst] < np.log(FLOOR):
             self.trips += 1
-            self.fallback, self.left = self.ladder[worst], self.hold
-            self.hold = min(2 * self.hold, MAX_HOLD)
+            self.fallback = self.ladder[worst] if worst < len(self.ladder) else PLAIN
+            self.left, self.hold = self.hold, min(2 * self.hold, MAX_HOLD)
+            if self.fallback == PLAIN:
+                self._clear()
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -94,6 +122,7 @@ class Guard:
             "fallback": self.fallback,
             "trips": self.trips,
             "steps": self.steps,
+            "since": self.since,
             "mine": self.mine.tolist(),
             "shadow": self.shadow.tolist(),
             "scatter": self.scatter.tolist(),
@@ -101,7 +130,7 @@ class Guard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("hold", "left", "fallback", "trips", "steps"):
+        for name in ("hold", "left", "fallback", "trips", "steps", "since"):
             setattr(self, name, int(state[name]))
         self.mine, self.shadow = np.array(state["mine"], float), np.array(state["shadow"], float)
         self.scatter, self.weight = np.array(state["scatter"], float), float(state["weight"])

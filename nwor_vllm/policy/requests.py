@@ -54,6 +54,13 @@ class Slots:
         self.size = int(state["size"])
 
 
+class Groups:
+    """Which rounds are of the same row: a row that comes several times had several rounds, which count together."""
+
+    def __init__(self, rows: Ints) -> None:
+        self.rows, self.place, self.rounds = np.unique(rows, return_inverse=True, return_counts=True)
+
+
 class Effects:
     """Per row an offset in log-odds: N(0, spread^2) at first, then filtered, falling back to it at rate 1 - keep."""
 
@@ -72,11 +79,13 @@ class Effects:
         self.mean[rows] = 0.0
         self.var[rows] = self.prior
 
-    def update(self, rows: Ints, residual: Floats, information: Floats) -> None:
+    def update(self, groups: Groups, residual: Floats, information: Floats) -> None:
         """One filter step: `residual` is the sum of outcome minus expectation, `information` the sum of p (1 - p)."""
-        var = self.keep**2 * self.var[rows] + (1.0 - self.keep**2) * self.prior
-        var = var / (1.0 + var * information)
-        self.mean[rows] = np.clip(self.keep * self.mean[rows] + var * residual, -6.0, 6.0)
+        rows, keep = groups.rows, self.keep**groups.rounds
+        var = keep**2 * self.var[rows] + (1.0 - keep**2) * self.prior
+        var = var / (1.0 + var * np.bincount(groups.place, information))
+        mean = keep * self.mean[rows] + var * np.bincount(groups.place, residual)
+        self.mean[rows] = np.minimum(np.maximum(mean, -6.0), 6.0)
         self.var[rows] = var
         self.reset([SCRATCH])
 

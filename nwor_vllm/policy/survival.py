@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nwor_vllm.policy.requests import Effects
+from nwor_vllm.policy.requests import Effects, Groups
 from nwor_vllm.policy.stop import Floats, Ints, sigmoid
 
 PRIOR_LOG_ODDS = 0.8  # acceptance .69: drafts are tried before they are judged
@@ -35,7 +35,7 @@ class Survival:
         """[rows, positions]: acceptance at each position, given that it is reached."""
         return sigmoid(self.base + self.effects.mean[rows][:, None])
 
-    def observe(self, rows: Ints, verified: Ints, accepted: Ints, soft: Floats) -> None:
+    def observe(self, rows: Ints, groups: Groups, verified: Ints, accepted: Ints, soft: Floats) -> None:
         """`soft[r]` is the calibrated confidence of the position after the last verified one where the drafter stopped
         on confidence, NaN elsewhere; it counts only where everything verified was accepted."""
         reached = self._index < np.minimum(accepted + 1, verified)[:, None]
@@ -47,11 +47,11 @@ class Survival:
         p = self.hazards(rows)
         weight = p * (1.0 - p) * reached
         residual = (outcome - p) * reached
-        self.effects.update(rows, residual.sum(axis=1), weight.sum(axis=1))
+        self.effects.update(groups, residual.sum(axis=1), weight.sum(axis=1))
         gained = weight.sum(axis=0)
         self.information = np.minimum(self.information + gained, self.memory)
         step = residual.sum(axis=0) / (self.information + PRIOR_INFORMATION)
-        self.base = np.clip(self.base + np.clip(step, -1.0, 1.0), -7.0, 7.0)
+        self.base = np.minimum(np.maximum(self.base + np.minimum(np.maximum(step, -1.0), 1.0), -7.0), 7.0)
         self._carry()
 
     def _carry(self) -> None:

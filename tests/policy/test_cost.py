@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nwor_vllm.policy.cost import Cost
+from nwor_vllm.policy.cost import Cost, Timed, features
 
 
 def teach(cost: Cost, truth: object, steps: int, seed: int = 0, hiccups: float = 0.0) -> None:
@@ -13,7 +13,7 @@ def teach(cost: Cost, truth: object, steps: int, seed: int = 0, hiccups: float =
     for _ in range(steps):
         k = int(rng.integers(0, 9))
         seconds = truth(8, 8 * (1 + k), k) * math.exp(0.03 * rng.normal())  # type: ignore[operator]
-        cost.observe(8, 8 * (1 + k), k, 0, 60.0 if rng.random() < hiccups else seconds)
+        cost.observe([Timed(8, 8 * (1 + k), k, 0, 0, 60.0 if rng.random() < hiccups else seconds)])
 
 
 def linear(n: int, verified: int, steps: int) -> float:
@@ -50,7 +50,7 @@ def test_follows_a_machine_that_gets_slower() -> None:
 def test_useless_clocks_teach_nothing() -> None:
     cost = Cost()
     for seconds in (0.0, -1.0, math.nan, math.inf):
-        cost.observe(8, 32, 3, 0, seconds)
+        cost.observe([Timed(8, 32, 3, 0, 0, seconds)])
     assert not cost.known
 
 
@@ -58,7 +58,7 @@ def test_weights_never_go_negative_and_more_drafts_never_cost_less() -> None:
     cost = Cost()
     teach(cost, lambda n, v, d: 5e-3 - 1e-4 * d, 300)  # a machine that lies
     assert (cost.weights >= 0).all()
-    base = cost.features(8, np.full(9, 9.0), np.arange(9.0), 0) @ cost.weights
+    base = features(8, np.full(9, 9.0), np.arange(9.0)) @ cost.weights
     assert (np.diff(base) >= 0).all()
 
 
@@ -66,3 +66,13 @@ def test_a_profile_starts_it_warm() -> None:
     cost = Cost()
     cost.seed([(n, n * (1 + k), k, 0, linear(n, n * (1 + k), k)) for n in (1, 8, 32) for k in (0, 1, 3, 8)] * 4)
     assert float(cost.predict(8, np.array([32.0]), np.array([3.0]))[0]) == pytest.approx(linear(8, 32, 3), rel=0.03)
+
+
+def test_judging_is_told_from_drafting_by_steps_without_it() -> None:
+    rng, cost = np.random.default_rng(0), Cost()
+    for i in range(600):
+        k, judged = int(rng.integers(0, 9)), i % 4 > 0
+        seconds = linear(1, 1 + k, k) + 3e-4 * k * judged
+        cost.observe([Timed(1, 1 + k, k, k * judged, 0, seconds * math.exp(0.03 * rng.normal()))])
+    plain, judged = cost.predict(1, np.full(2, 6.0), np.full(2, 5.0), 0.0, np.array([0.0, 5.0]))
+    assert judged - plain == pytest.approx(5 * 3e-4, rel=0.25)

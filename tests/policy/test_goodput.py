@@ -63,7 +63,7 @@ def test_with_confidence_it_gives_the_drafter_a_stop_rule_and_uses_it_only_if_ob
     assert plan.stop.draft_cost > 0
     assert plan.k < 8  # it must choose the length itself
     policy.honoured = 1.0
-    assert policy.plan(["a"]).k == 8  # the drafter stops by itself
+    assert policy.plan(["a", "b"]).k == 8  # the drafter stops by itself
 
 
 def test_worthless_drafts_cost_less_than_one_percent_after_the_start(step_once: Once) -> None:

@@ -6,13 +6,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nwor_vllm.policy.guard import FIRST_HOLD, MAX_HOLD, Guard
+from nwor_vllm.policy.guard import FIRST_HOLD, MAX_HOLD, PLAIN, POLICY, Guard
 
 LADDER = (0, 1, 3)
 
 
 def feed(guard: Guard, tokens: float, seconds: float, shadow: list[float], costs: list[float]) -> None:
-    guard.observe(tokens, seconds, np.array(shadow), np.array(costs))
+    """One step; the policy without confidence is no rival here: ten times the longest length's time."""
+    guard.observe(
+        np.array([tokens]), np.array([seconds]), np.array([[*shadow, shadow[-1]]]), np.array([[*costs, 10 * costs[-1]]])
+    )
 
 
 def test_a_policy_that_loses_to_no_speculation_is_replaced_by_it() -> None:
@@ -39,6 +42,22 @@ def test_holding_moves_down_when_the_shorter_length_is_better() -> None:
     for _ in range(20):
         feed(guard, 1.0, 1.1, [1.0, 1.0, 1.0], [1.0, 1.1, 1.3])
     assert guard.fallback == 0
+
+
+def test_judging_that_does_not_pay_is_dropped_for_plain_drafting_and_tried_again() -> None:
+    guard = Guard(LADDER)
+    held = 0
+    for _ in range(200):
+        judged = guard.fallback == POLICY
+        guard.observe(
+            np.array([2.0]),
+            np.array([1.2 if judged else 1.1]),
+            np.array([[1.0, 1.6, 1.8, 2.0]]),
+            np.array([[1.0, 1.1, 1.3, 1.1]]),
+        )
+        held += guard.fallback == PLAIN
+    assert held > 150
+    assert 2 <= guard.trips <= 4
 
 
 numbers = st.tuples(st.floats(0.5, 8), st.floats(0.1, 3), st.lists(st.floats(0.5, 8), min_size=3, max_size=3))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nwor_vllm.policy.calibration import Calibration
+from nwor_vllm.policy.requests import Groups
 from nwor_vllm.policy.survival import Survival
 
 TRUTH = np.array([0.85, 0.75, 0.6, 0.5, 0.4])
@@ -23,7 +24,9 @@ def test_hazards_are_unbiased_whatever_lengths_are_drafted() -> None:
         survival = Survival(5, spread=1e-6, keep=1.0, memory=1e9)
         for _ in range(300):
             verified, accepted = rounds(rng, 16, rng.integers(0, 6, 16))
-            survival.observe(np.zeros(16, np.int64), verified, accepted, np.full(16, np.nan))
+            survival.observe(
+                np.zeros(16, np.int64), Groups(np.zeros(16, np.int64)), verified, accepted, np.full(16, np.nan)
+            )
         errors.append(survival.hazards(np.array([0]))[0] - TRUTH)
     mean, spread = np.mean(errors, axis=0), np.std(errors, axis=0, ddof=1) / np.sqrt(8)
     assert np.all(np.abs(mean) < 4 * spread + 0.005)
@@ -50,8 +53,8 @@ def test_stopping_on_confidence_does_not_flatter_deep_positions() -> None:
         run = np.where(hits.all(axis=1), 2, np.argmin(hits, axis=1))
         accepted = np.minimum(run, verified)
         soft = np.where(verified < 2, chance[np.arange(32), np.minimum(verified, 1)], np.nan)
-        with_soft.observe(rows, verified, accepted, soft)
-        without.observe(rows, verified, accepted, np.full(32, np.nan))
+        with_soft.observe(rows, Groups(rows), verified, accepted, soft)
+        without.observe(rows, Groups(rows), verified, accepted, np.full(32, np.nan))
     assert with_soft.hazards(rows[:1])[0] == pytest.approx([0.5, 0.5], abs=0.04)
     assert without.hazards(rows[:1])[0, 0] > 0.8
 
@@ -63,7 +66,7 @@ def test_a_request_learns_its_own_offset() -> None:
     for _ in range(60):
         hits = rng.random((2, 4)) < np.array([[0.95], [0.2]])
         run = np.where(hits.all(axis=1), 4, np.argmin(hits, axis=1))
-        survival.observe(rows, np.array([4, 4]), run, np.full(2, np.nan))
+        survival.observe(rows, Groups(rows), np.array([4, 4]), run, np.full(2, np.nan))
     good, poor = survival.hazards(rows)[:, 0]
     assert good > 0.8
     assert poor < 0.45
@@ -78,7 +81,7 @@ def test_calibration_finds_a_timid_drafter_and_says_so() -> None:
         truth = 1 / (1 + np.exp(-odds))
         shown = 1 / (1 + np.exp(-(0.5 * odds + 0.4)))
         hit = (rng.random(64) < truth).astype(np.int64)
-        calibration.observe(rows, full, hit, shown[:, None])
+        calibration.observe(rows, Groups(rows), full, hit, shown[:, None])
     a, b = calibration.weights[0]
     assert b == pytest.approx(2.0, abs=0.1)
     assert a == pytest.approx(-0.8, abs=0.1)
