@@ -27,7 +27,7 @@ from nwor_vllm.bench.grid import digest
 from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError
 from nwor_vllm.zoo import store
 
-DRAFTERS = ("eagle", "eagle3", "draft")
+METHODS = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}
 REQUESTS = {1: 16, 4: 48, 16: 64}  # by batch; small batches are slow
 
 
@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=96, help="per request (default 96)")
     parser.add_argument("--k", type=int, default=15, help="full draft length (default 15)")
     parser.add_argument("--target", default="target", help="target, wide or wider")
-    parser.add_argument("--drafter", default="eagle", choices=DRAFTERS, help="default eagle")
+    parser.add_argument("--drafter", default="eagle", choices=METHODS, help="default eagle")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and sampling")
     parser.add_argument("--redo", action="store_true", help="record anew what is there already")
 
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from nwor_vllm.bench.backends import drafts
 
     first = todo[0]
-    with drafts.watched(first.target, first.drafter, first.k, max(r.batch for r in todo)) as llm:
+    method, drafter = METHODS[first.drafter], f"zoo:{first.drafter}"
+    with drafts.watched(f"zoo:{first.target}", method, drafter, first.k, max(r.batch for r in todo)) as llm:
         for number, recording in enumerate(todo, 1):
             trace = record(llm, recording, command)
             traces.save(trace, args.out / recording.file)

@@ -1,6 +1,6 @@
 """Rounds of a real engine, taken down: the draft at every position of every output, and the steps as they were timed.
 
-The engine drafts its full length in every step. A walk that verifies none of it commits one token a step, so a fresh
+A walk that verifies none of it commits one token a step, so a fresh
 draft is seen at every position; a walk that verifies runs rounds as a server would. The drafter's K/V of committed
 text is fed from the target's own states whatever was drafted before, so a draft depends on the text alone.
 """
@@ -10,26 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
+from nwor_vllm.bench import provenance
 from nwor_vllm.bench.backends.vllm import engine
 from nwor_vllm.policy import Plan, Round, Step
-from nwor_vllm.zoo import path
 
 Tokens = tuple[int, ...]
-METHODS = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}
 
 
 @dataclass
 class Watch:
-    """Stands in for the policy: always the same plan; keeps every step it is told of."""
+    """Stands in for the policy: drafts the lengths it is given; keeps every step it is told of."""
 
-    k: int
+    lengths: Iterator[int]
     name: str = "watch"
     steps: list[Step] = field(default_factory=list)
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
-        return Plan(self.k)
+        return Plan(next(self.lengths))
 
     def observe(self, step: Step) -> None:
         self.steps.append(step)
@@ -65,15 +66,14 @@ class Walk:
 
 
 @contextmanager
-def watched(target: str, drafter: str, k: int, max_num_seqs: int, **settings: Any) -> Iterator[Any]:
-    """An engine of the embedded pair that drafts up to `k` and shows the drafter's confidences."""
-    speculative = {"method": METHODS[drafter], "model": str(path(drafter)), "num_speculative_tokens": k}
+def watched(target: str, method: str, drafter: str, k: int, max_num_seqs: int, **settings: Any) -> Iterator[Any]:
+    """An engine that drafts up to `k` and shows the drafter's confidences."""
+    speculative = {"method": method, "model": provenance.model_path(drafter), "num_speculative_tokens": k}
     given: dict[str, Any] = {
         "max_num_seqs": max_num_seqs, "max_model_len": 1024, "async_scheduling": False,
-        # Any policy but `fixed` and `off` makes the drafter report its confidences.
-        "additional_config": {"nwor": {"policy": "acceptance", "ladder": list(range(k + 1))}},
+        "additional_config": {"nwor": {"policy": "fixed", "ladder": list(range(k + 1))}},
     }  # fmt: skip
-    with engine(path(target), speculative, **(given | settings)) as llm:
+    with engine(Path(provenance.model_path(target)), speculative, **(given | settings)) as llm:
         yield llm
 
 
@@ -84,7 +84,7 @@ def scheduler_of(llm: Any) -> Any:
 def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, batch: int, verify: bool) -> Walk:
     """Every prompt once, `batch` in flight. Without `verify` the drafts are taken down and dropped."""
     scheduler, core, out = scheduler_of(llm), llm.llm_engine, Walk()
-    watch = scheduler.nwor_policy = Watch(k)
+    watch = scheduler.nwor_policy = Watch(repeat(k))
     names: dict[str, int] = {}
     stock = scheduler.update_draft_token_ids
 
@@ -120,6 +120,31 @@ def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, b
         for r in step.rounds:
             out.rounds.setdefault(_index(r.request_id), []).append(r)
     return out
+
+
+def burst(
+    llm: Any, prompts: Iterator[Tokens], batch: int, lengths: Iterator[int], steps: int, **sampling: Any
+) -> list[Step]:
+    """At least `steps` decode steps of `batch` requests, each of the next draft length; then everything is dropped."""
+    import vllm
+
+    scheduler, core = scheduler_of(llm), llm.llm_engine
+    watch = scheduler.nwor_policy = Watch(lengths)
+    params = vllm.SamplingParams(ignore_eos=True, detokenize=False, **sampling)
+    flying: set[str] = set()
+    found: list[Step] = []
+    made = 0
+    while len(found) < steps:
+        while len(flying) < batch:
+            name, made = f"burst-{made}", made + 1
+            core.add_request(name, {"prompt_token_ids": list(next(prompts))}, params)
+            flying.add(name)
+        flying -= {output.request_id for output in core.step() if output.finished}
+        found = [s for s in watch.steps if s.requests == batch and not s.prefill_tokens and s.seconds > 0]
+    core.abort_request(list(flying))
+    while core.has_unfinished_requests():
+        core.step()
+    return found
 
 
 def _index(request_id: str) -> int:
