@@ -1,8 +1,9 @@
 """`nwor profile --cost`: what a step of this engine takes, by requests, verified tokens, draft steps and context.
 
-One engine with the plugin in it. Every step draws its draft length anew, so that what a step verifies (the draft of the
-step before) and what it drafts vary independently, and batch sizes and contexts take turns in short bursts, so that a
-machine that slows down for a while slows all of them. A row of the profile is the median of the steps that agree.
+One engine with the plugin in it. Every step draws anew how far to draft and whether the drafts are judged, so that
+what a step verifies (the draft of the step before) and what it drafts vary independently. Batch sizes and contexts take
+turns in short bursts, so that a machine that slows down for a while slows all of them. A row of the profile is the
+median of the steps that agree.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from pathlib import Path
 
 from nwor_vllm.bench import provenance
 from nwor_vllm.errors import ConfigError
-from nwor_vllm.policy import profile
+from nwor_vllm.policy import Plan, profile
 
 LENGTHS = (0, 1, 2, 3, 5, 8, 10, 15)
 CONTEXTS = (48, 320)  # prompt tokens
 MAX_MODEL_LEN, NEW_TOKENS = 512, 96
 SETTLE = 8  # steps of a burst that are not counted: the batch fills, caches warm
 BURST = 72
+
+
+Samples = dict[tuple[int, ...], list[tuple[float, float]]]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +58,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(
-    target: str, method: str, drafter: str, sizes: Sequence[int], rounds: int, dtype: str
-) -> dict[tuple[int, int, int, int], list[tuple[float, float]]]:
-    """(requests, verified, draft steps, prompt length) -> [(context, seconds)]."""
+def measure(target: str, method: str, drafter: str, sizes: Sequence[int], rounds: int, dtype: str) -> Samples:
+    """(requests, verified, draft steps, of them judged, prompt length) -> [(context, seconds)]."""
     from nwor_vllm.bench.backends import drafts
 
     rng = random.Random(0)
-    samples: dict[tuple[int, int, int, int], list[tuple[float, float]]] = {}
+    samples: Samples = {}
     settings = {
         "dtype": dtype, "max_model_len": MAX_MODEL_LEN,
         "max_num_batched_tokens": max(2048, max(sizes) * (max(LENGTHS) + 1), MAX_MODEL_LEN),
@@ -74,10 +76,11 @@ def measure(
             for size, context in turns:
                 prompts = _prompts(rng, context, vocabulary)
                 steps = drafts.burst(
-                    llm, prompts, size, _deck(rng), SETTLE if number == 0 else BURST + SETTLE, max_tokens=NEW_TOKENS
+                    llm, prompts, size, _plans(rng), SETTLE if number == 0 else BURST + SETTLE, max_tokens=NEW_TOKENS
                 )
-                for step in steps[SETTLE:]:
-                    key = (step.requests, step.verified_tokens, step.draft_steps, context)
+                for plan, step in steps[SETTLE:]:
+                    judged = step.draft_steps if plan.watch else 0
+                    key = (step.requests, step.verified_tokens, step.draft_steps, judged, context)
                     samples.setdefault(key, []).append((step.context_tokens, step.seconds))
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     return samples
@@ -88,17 +91,16 @@ def _prompts(rng: random.Random, length: int, vocabulary: int) -> Iterator[tuple
         yield tuple(rng.randrange(vocabulary) for _ in range(length))
 
 
-def _deck(rng: random.Random) -> Iterator[int]:
-    """Every pair of neighbouring draft lengths equally often in the long run."""
+def _plans(rng: random.Random) -> Iterator[Plan]:
     while True:
-        yield rng.choice(LENGTHS)
+        yield Plan(rng.choice(LENGTHS), watch=rng.random() < 0.5)
 
 
-def rows(samples: dict[tuple[int, int, int, int], list[tuple[float, float]]]) -> list[tuple[float, ...]]:
+def rows(samples: Samples) -> list[tuple[float, ...]]:
     """Medians, in the columns of `policy.profile`. Steps whose drafts were short of the plan are not common enough."""
     table = []
-    for (requests, verified, steps, _), found in sorted(samples.items()):
+    for (requests, verified, steps, judged, _), found in sorted(samples.items()):
         if (verified - requests) % requests == 0 and (verified - requests) // requests in LENGTHS:
             context, seconds = (statistics.median(column) for column in zip(*found, strict=True))
-            table.append((requests, verified, steps, round(context), round(seconds, 7)))
+            table.append((requests, verified, steps, judged, round(context), round(seconds, 7)))
     return table

@@ -172,9 +172,9 @@ class Cost:
         self.weights = np.array(w)
 
     def seed(self, rows: Iterable[Sequence[float]]) -> None:
-        """Start warm: (requests, verified tokens, draft steps, context tokens, seconds) as measured before."""
-        for n, verified, steps, context, seconds in rows:
-            self.observe([Timed(int(n), int(verified), int(steps), 0, int(context), float(seconds))])
+        """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before."""
+        for n, verified, steps, judged, context, seconds in rows:
+            self.observe([Timed(int(n), int(verified), int(steps), int(judged), int(context), float(seconds))])
         for _ in range(50):
             self._solve()
 

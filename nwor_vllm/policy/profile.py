@@ -1,7 +1,8 @@
 """Cost profiles: step times measured before, so that a fresh server does not start from guesses.
 
-JSON: {"format": "nwor-cost", "version": 1, "rows": [[requests, verified tokens, draft steps, context tokens,
-seconds], ...], "about": {...}}. `Cost.seed` takes the rows.
+JSON: {"format": "nwor-cost", "version": 2, "rows": [[requests, verified tokens, draft steps, judged, context tokens,
+seconds], ...], "about": {...}}. Judged are the draft steps after which confidence was computed. `Cost.seed` takes the
+rows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 from nwor_vllm.errors import CorruptFileError, MissingError
 
-FORMAT, VERSION = "nwor-cost", 1
-COLUMNS = ("requests", "verified tokens", "draft steps", "context tokens", "seconds")
+FORMAT, VERSION = "nwor-cost", 2
+COLUMNS = ("requests", "verified tokens", "draft steps", "judged", "context tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def read(path: Path) -> Profile:
             raise CorruptFileError(f"{path} is no cost profile: expected a JSON object with format {FORMAT!r}")
         if document.get("version") != VERSION:
             raise CorruptFileError(
-                f"{path} is a cost profile of version {document.get('version')}; this reads version {VERSION}"
+                f"{path} is a cost profile of version {document.get('version')}; this reads version {VERSION}: "
+                "measure it anew with `nwor profile --cost`"
             )
         rows = tuple(tuple(float(x) for x in row) for row in document["rows"])
         about = dict(document.get("about", {}))

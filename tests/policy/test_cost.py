@@ -64,7 +64,7 @@ def test_weights_never_go_negative_and_more_drafts_never_cost_less() -> None:
 
 def test_a_profile_starts_it_warm() -> None:
     cost = Cost()
-    cost.seed([(n, n * (1 + k), k, 0, linear(n, n * (1 + k), k)) for n in (1, 8, 32) for k in (0, 1, 3, 8)] * 4)
+    cost.seed([(n, n * (1 + k), k, 0, 0, linear(n, n * (1 + k), k)) for n in (1, 8, 32) for k in (0, 1, 3, 8)] * 4)
     assert float(cost.predict(8, np.array([32.0]), np.array([3.0]))[0]) == pytest.approx(linear(8, 32, 3), rel=0.03)
 
 

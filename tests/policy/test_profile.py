@@ -11,7 +11,7 @@ from nwor_vllm.policy.goodput import Goodput
 from nwor_vllm.policy.profile import read, write
 
 LADDER = (0, 1, 3, 8)
-ROWS = [[n, n * (1 + k), k, 0, 0.01 + 0.001 * k + 0.0001 * n] for n in (1, 4, 16) for k in (0, 1, 3, 8)]
+ROWS = [[n, n * (1 + k), k, k, 0, 0.01 + 0.001 * k + 0.0001 * n] for n in (1, 4, 16) for k in (0, 1, 3, 8)]
 
 
 def test_a_profile_read_back_starts_the_policy_warm(tmp_path: Path) -> None:
@@ -26,10 +26,10 @@ def test_a_profile_read_back_starts_the_policy_warm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 9}, "version 9; this reads version 1"),
+        ({"version": 9}, "version 9; this reads version 2"),
         ({"format": "other"}, "expected a JSON object with format 'nwor-cost'"),
         ({"rows": [[1, 2, 3]]}, r"row 0 is \[1.0, 2.0, 3.0\]; expected requests"),
-        ({"rows": [[1, 1, 0, 0, 0]]}, "seconds above 0"),
+        ({"rows": [[1, 1, 0, 0, 0, 0]]}, "seconds above 0"),
         ({"rows": "x"}, "damaged"),
     ],
 )

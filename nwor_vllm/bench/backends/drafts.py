@@ -23,17 +23,19 @@ Tokens = tuple[int, ...]
 
 @dataclass
 class Watch:
-    """Stands in for the policy: drafts the lengths it is given; keeps every step it is told of."""
+    """Stands in for the policy: follows the plans it is given; keeps every step with the plan it drafted by."""
 
-    lengths: Iterator[int]
+    plans: Iterator[Plan]
     name: str = "watch"
-    steps: list[Step] = field(default_factory=list)
+    now: Plan = field(default_factory=lambda: Plan(0))
+    seen: list[tuple[Plan, Step]] = field(default_factory=list)
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
-        return Plan(next(self.lengths))
+        self.now = next(self.plans)
+        return self.now
 
     def observe(self, step: Step) -> None:
-        self.steps.append(step)
+        self.seen.append((self.now, step))
 
     def forget(self, request_id: str) -> None:
         pass
@@ -84,7 +86,7 @@ def scheduler_of(llm: Any) -> Any:
 def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, batch: int, verify: bool) -> Walk:
     """Every prompt once, `batch` in flight. Without `verify` the drafts are taken down and dropped."""
     scheduler, core, out = scheduler_of(llm), llm.llm_engine, Walk()
-    watch = scheduler.nwor_policy = Watch(repeat(k))
+    watch = scheduler.nwor_policy = Watch(repeat(Plan(k)))
     names: dict[str, int] = {}
     stock = scheduler.update_draft_token_ids
 
@@ -115,24 +117,24 @@ def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, b
                     out.texts[names[output.request_id]] = tuple(output.outputs[0].token_ids)
     finally:
         del scheduler.update_draft_token_ids
-    out.steps = watch.steps
-    for step in watch.steps:
+    out.steps = [step for _, step in watch.seen]
+    for step in out.steps:
         for r in step.rounds:
             out.rounds.setdefault(_index(r.request_id), []).append(r)
     return out
 
 
 def burst(
-    llm: Any, prompts: Iterator[Tokens], batch: int, lengths: Iterator[int], steps: int, **sampling: Any
-) -> list[Step]:
-    """At least `steps` decode steps of `batch` requests, each of the next draft length; then everything is dropped."""
+    llm: Any, prompts: Iterator[Tokens], batch: int, plans: Iterator[Plan], steps: int, **sampling: Any
+) -> list[tuple[Plan, Step]]:
+    """At least `steps` decode steps of `batch` requests, each by the next plan; then everything is dropped."""
     import vllm
 
     scheduler, core = scheduler_of(llm), llm.llm_engine
-    watch = scheduler.nwor_policy = Watch(lengths)
+    watch = scheduler.nwor_policy = Watch(plans)
     params = vllm.SamplingParams(ignore_eos=True, detokenize=False, **sampling)
     flying: set[str] = set()
-    found: list[Step] = []
+    found: list[tuple[Plan, Step]] = []
     made = 0
     while len(found) < steps:
         while len(flying) < batch:
@@ -140,7 +142,7 @@ def burst(
             core.add_request(name, {"prompt_token_ids": list(next(prompts))}, params)
             flying.add(name)
         flying -= {output.request_id for output in core.step() if output.finished}
-        found = [s for s in watch.steps if s.requests == batch and not s.prefill_tokens and s.seconds > 0]
+        found = [x for x in watch.seen if x[1].requests == batch and not x[1].prefill_tokens and x[1].seconds > 0]
     core.abort_request(list(flying))
     while core.has_unfinished_requests():
         core.step()
