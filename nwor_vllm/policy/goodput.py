@@ -300,10 +300,14 @@ class Goodput:
         timed = np.array([s.timed() for s in seen], float)
         context, measured = timed[:, 4], timed[:, 5]
         wide = drafts.shape[1]
-        shadow = self.cost.predict(
-            np.repeat(n, wide), (n[:, None] + slots).ravel(), drafts.ravel(), np.repeat(context, wide)
-        ).reshape(drafts.shape)
-        expected = self.cost.predict(timed[:, 0], timed[:, 1], timed[:, 2], context, timed[:, 3])
+        predicted = self.cost.predict(
+            np.append(np.repeat(n, wide), timed[:, 0]),
+            np.append((n[:, None] + slots).ravel(), timed[:, 1]),
+            np.append(drafts.ravel(), timed[:, 2]),
+            np.append(np.repeat(context, wide), context),
+            np.append(np.zeros(drafts.size), timed[:, 3]),
+        )
+        shadow, expected = predicted[: drafts.size].reshape(drafts.shape), predicted[drafts.size :]
         measured = np.where(measured > 0, measured, expected)  # NaN too
         seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
         tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
