@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+from nwor_vllm.bench.ncu.expect import ContradictionError
 from nwor_vllm.bench.record import Failure
 from nwor_vllm.errors import ConfigError, MissingError
 
@@ -38,4 +39,6 @@ def advice(error: BaseException, text: str) -> str:
         return "a model or file is missing: download it, or set TARGET_MODEL and DRAFT_MODEL to folders that exist"
     if isinstance(error, ConfigError):
         return "a setting is wrong: correct the grid's YAML or the flag it names"
+    if isinstance(error, ContradictionError):
+        return "the counters or the arithmetic are wrong: `nwor profile GRID.yaml --only ID` shows kernel by kernel"
     return "see log_tail; the next invocation tries this run again"

@@ -16,6 +16,7 @@ from nwor_vllm.bench.arms import Arm
 from nwor_vllm.bench.failures import explain
 from nwor_vllm.bench.grid import Cell, Engine
 from nwor_vllm.bench.metrics import BatchResult, Counters, Objective, RequestResult
+from nwor_vllm.bench.ncu.expect import ContradictionError
 from nwor_vllm.bench.ncu.profile import NOT_REQUESTED, Profiled
 from nwor_vllm.bench.plan import Planned
 from nwor_vllm.bench.workload import Prompt
@@ -77,12 +78,16 @@ class Session:
 
 def run_group(planned: Sequence[Planned], session: Session) -> list[Planned]:
     """Measure cells that share an engine. Every one ends as a record; those that failed are returned."""
-    panels: dict[str, Panel] = {}
-    for item in planned:
-        panels.setdefault(item.cell.panel, Panel([])).planned.append(item)
     # Profiling needs an engine of its own, so it comes while the machine is free; it never contributes a time.
     probes = {item.cell.id: session.profile(item.cell) for item in planned}
+    panels: dict[str, Panel] = {}
     failed: list[Planned] = []
+    for item in planned:
+        found = probes[item.cell.id]
+        if found.status == "contradiction":
+            failed += _fail(Panel([item]), ContradictionError(found.reason), session, time.time())
+        else:
+            panels.setdefault(item.cell.panel, Panel([])).planned.append(item)
     driver: Driver | None = None
     try:
         for number, panel in enumerate(panels.values(), 1):
@@ -161,92 +166,3 @@ def _settled(values: Sequence[float]) -> bool:
     half = max(1, len(values) // 2)
     before, after = statistics.median(values[:half]), statistics.median(values[-half:])
     return abs(after / before - 1) <= SETTLED
-
-
-def _finish(panel: Panel, driver: Driver, session: Session, started: float, probes: Mapping[str, Profiled]) -> None:
-    peak, why = driver.peak_memory_bytes()
-    for item in panel.planned:
-        listed = arms.beside(item.cell, list(panel.results))
-        modes = []
-        for i, arm in enumerate(listed):
-            results, role = panel.results[arm], "reference" if i else "subject"
-            profiled = NOT_REQUESTED if i else probes[item.cell.id]
-            ncu = profiled.beside_clock(item.cell, results)
-            modes.append(metrics.summarise(arm.label(role), results, session.objective, ncu, profiled.totals))
-        reasons = {"failure": "the run is done"} | ({"peak_memory_bytes": why} if peak is None else {})
-        compared = ratios(item.cell, modes)
-        share = (time.time() - started) / len(panel.planned)
-        done = _base(item, session, started, share) | {
-            "status": "done", "summary": record.Summary(per_mode=modes), "peak_memory_bytes": peak,
-            "comparisons": compared, "failure": None, "reasons": reasons,
-            "flags": panel.flags + lossy(item.cell, compared), "warmup": panel.warmup,
-        }  # fmt: skip
-        finished = record.Record(**done)
-        # The record comes last: it is what says that all of this is there.
-        sidecars.write(finished, item.path, panel.results[listed[0]])
-        save(finished, item.path)
-        stopped = modes[0].tokens_stopped_by_confidence
-        if stopped is not None and item.cell.threshold:
-            session.say(f"Confidence early exit stats: {stopped} tokens stopped ({item.cell.id})")
-        session.say(f"done {item.cell.file}")
-
-
-def lossy(cell: Cell, compared: Sequence[record.Ratio]) -> list[str]:
-    """At temperature 0 every arm has to write the same tokens; where one did not, the reader is told."""
-    if cell.temperature > 0:
-        return []
-    return [f"outputs differ from {c.against} at temperature 0: {c.outputs}" for c in compared if "differ" in c.outputs]
-
-
-def ratios(cell: Cell, modes: Sequence[record.Mode]) -> list[record.Ratio]:
-    """The subject against every other arm, on the same prompts."""
-    found = []
-    for other in modes[1:]:
-        x, y = compare.paired(other, modes[0])
-        result = stats.paired_ratio(y, x)
-        reasons = (
-            {} if result.low is not None else dict.fromkeys(("low", "high", "p", "mde"), "one batch has no interval")
-        )
-        found.append(
-            record.Ratio(
-                against=f"{other.mode}@{other.threshold}" if other.threshold else other.mode, metric="latency_s",
-                n=result.n, ratio=result.ratio, low=result.low, high=result.high, p=result.p, mde=result.mde,
-                outputs=compare.outputs_verdict(other, modes[0], cell.temperature), reasons=reasons,
-            )
-        )  # fmt: skip
-    return found
-
-
-def _fail(panel: Panel, error: Exception, session: Session, started: float) -> list[Planned]:
-    failure = explain(error)
-    session.say(f"FAILED: {failure.exception}: {failure.message}")
-    session.say(f"what to do: {failure.advice}")
-    for item in panel.planned:
-        reasons = {"summary": "the run failed", "peak_memory_bytes": "the run failed"}
-        base = _base(item, session, started, time.time() - started)
-        base |= {"status": "failed", "summary": None, "peak_memory_bytes": None, "failure": failure, "reasons": reasons}
-        save(record.Record(**base), item.path)
-    return list(panel.planned)
-
-
-def _base(item: Planned, session: Session, started: float, seconds: float) -> dict[str, Any]:
-    cell = item.cell
-    return {
-        "grid": cell.grid, "id": cell.id, "file": cell.file, "key": item.key, "panel": cell.panel,
-        "config_key": provenance.config_key(cell), "headline": cell.headline, "attempts": item.attempts + 1,
-        "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"), "seconds": seconds,
-        "cell": cell, "provenance": provenance.describe(cell, session.environ),
-    }  # fmt: skip
-
-
-def save(new: record.Record, path: Path) -> None:
-    """A finished record of other settings is set aside, never overwritten: it was measured."""
-    try:
-        old = record.read(path)
-    except record.UNREADABLE:
-        old = None
-    if old is not None and old.status == "done" and old.key != new.key:
-        aside = path.parent / "superseded" / f"{path.stem}.{old.key}.json"
-        aside.parent.mkdir(exist_ok=True)
-        os.replace(path, aside)
-    record.write(new, path)

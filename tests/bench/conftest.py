@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def scripted() -> ModuleType:
-    name = "scripted_engine"
+    return beside("scripted_engine")
+
+
+@pytest.fixture(scope="session")
+def ncu_file() -> ModuleType:
+    return beside("ncu_file")
+
+
+def beside(name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         assert spec is not None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError
+from nwor_vllm.bench.metrics import BatchResult, Counters
+from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError, NworError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
-# Stores are counted in whole 32-byte sectors and the profiled window ends between steps.
+# Stores are counted in whole 32-byte sectors, and a drafter may write the rows of rejected tokens too.
 STORE_TOLERANCE = 0.10
 
 
@@ -52,8 +54,43 @@ def kv_shape(model: Path, cache_dtype: str = "auto", layers: int | None = None) 
         raise CorruptFileError(f"{path} does not give the attention shape: {error!r}") from None
 
 
-def analytic_bytes(target: KvShape, target_rows: int, drafter: KvShape | None = None, draft_rows: int = 0) -> int:
-    return target.bytes_per_token * target_rows + (drafter.bytes_per_token * draft_rows if drafter else 0)
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a window's requests went through, added up over requests."""
+
+    prompts: int  # tokens of prompts
+    first: int  # prefills: one a request
+    rounds: int
+    plain: int  # decode steps without a draft
+
+    @property
+    def all(self) -> int:
+        return self.first + self.rounds + self.plain
+
+
+def steps(results: Sequence[BatchResult], counted: Counters) -> Steps:
+    """A round emits its accepted tokens and one more, a plain step one; the prefill gave the first. The end of a
+    request cuts tokens off its last round, so a request's plain steps are what its rounds do not explain."""
+    requests = [request for batch in results for request in batch.requests]
+    known = [
+        (len(r.token_ids), r.rounds, r.accepted) for r in requests if r.rounds is not None and r.accepted is not None
+    ]
+    if len(known) == len(requests):
+        plain = sum(max(0, tokens - 1 - rounds - accepted) for tokens, rounds, accepted in known)
+    else:
+        tokens = sum(len(request.token_ids) for request in requests)
+        plain = max(0, tokens - len(requests) - counted.rounds - counted.accepted)
+    return Steps(sum(request.prompt_tokens for request in requests), len(requests), counted.rounds, plain)
+
+
+def target_rows(seen: Steps, counted: Counters) -> int:
+    """Prompts, every verified draft, and the token that each decode step starts from."""
+    return seen.prompts + counted.verified + seen.rounds + seen.plain
+
+
+def draft_rows(seen: Steps, counted: Counters, drafted: int) -> int:
+    """Of an EAGLE-like drafter: a step's first forward sees what the target keeps, each draft after it adds a row."""
+    return target_rows(seen, counted) - (counted.verified - counted.accepted) + drafted - seen.all
 
 
 def contradiction(store_bytes: float, analytic: float, tolerance: float = STORE_TOLERANCE) -> str:
@@ -61,3 +98,7 @@ def contradiction(store_bytes: float, analytic: float, tolerance: float = STORE_
     if analytic <= 0 or abs(store_bytes / analytic - 1) <= tolerance:
         return ""
     return f"kernels stored {store_bytes:.0f} bytes where the model's shape says {analytic:.0f}"
+
+
+class ContradictionError(NworError):
+    """Counted and expected bytes of a baseline that cannot both be right: the run proves nothing about bytes."""

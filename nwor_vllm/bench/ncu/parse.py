@@ -17,11 +17,13 @@ METRICS = (
     "dram__bytes_read.sum",
     "dram__bytes_write.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "lts__t_sectors_op_write.sum",
+    "lts__t_sectors_srcunit_tex_op_write.sum",  # what the kernels themselves stored
+    "lts__t_sectors_op_write.sum",  # that, and what one half of L2 passes to the other
     "l1tex__t_bytes_pipe_lsu_mem_global_op_st.sum",
     "gpu__time_duration.sum",
 )
 SECTOR_BYTES = 32
+BASE_UNITS = {"gpu__time_duration.sum": "ns"}  # a report that does not name its chip comes without units
 UNITS: Mapping[str, float] = {
     "": 1.0, "%": 1.0, "sector": 1.0, "inst": 1.0, "cycle": 1.0, "request": 1.0, "block": 1.0, "register/thread": 1.0,
     "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
@@ -136,8 +138,10 @@ def read_report(path: Path, wanted: Collection[str] = METRICS) -> list[Kernel]:
                 kernels.append(_action(section.action_by_idx(a), wanted))
     except (RuntimeError, ValueError, OSError) as error:
         raise CorruptFileError(f"{path.name} is no Nsight Compute report: {error}") from None
+    if not all(kernel.name for kernel in kernels):
+        raise CorruptFileError(f"{path.name} is damaged: {len(kernels)} kernels, some without a name")
     if not kernels:
-        # A damaged file loads as 0 ranges without an error.
+        # A damaged file loads as 0 ranges without an error, or as kernels of nothing.
         raise CorruptFileError(f"{path.name} holds no kernels: nothing matched, or the report is damaged")
     return kernels
 
@@ -147,5 +151,5 @@ def _action(action: Any, wanted: Collection[str]) -> Kernel:
     for name in wanted:
         metric = action.metric_by_name(name)
         if metric is not None and metric.as_double() is not None:
-            _store(metrics, name, repr(metric.as_double()), metric.unit() or "")
+            _store(metrics, name, repr(metric.as_double()), metric.unit() or BASE_UNITS.get(name, ""))
     return Kernel(action.name(), metrics)

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nwor_vllm.bench.ncu.parse import METRICS, Kernel, read_report
+from nwor_vllm.bench.ncu.parse import METRICS, Kernel, read_csv, read_report
 from nwor_vllm.errors import CorruptFileError, MissingError
 
-KERNELS = "regex:reshape_and_cache|concat_and_cache|nwor"
+KV_KERNELS = "regex:reshape_and_cache|concat_and_cache|kv_write"
 HEARTBEAT_S = 15.0
 GRACE_S = 5.0
+EXPORT_S = 120.0
 DENIED = ("ERR_NVGPUCTRPERM", "RmProfilingAdminOnly")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,13 @@ class Probe:
     reason: str = ""
     kernels: tuple[Kernel, ...] = ()
     log_tail: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    timed_out: bool
+    code: int | None
+    tail: tuple[str, ...]
 
 
 def preflight(gpus: Sequence[str], environ: Mapping[str, str], admin: bool | None = None) -> Probe:
@@ -46,7 +55,7 @@ def preflight(gpus: Sequence[str], environ: Mapping[str, str], admin: bool | Non
     return Probe("ok")
 
 
-def command(report: Path, child: Sequence[str], launches: int, kernel_filter: str = KERNELS) -> list[str]:
+def command(report: Path, child: Sequence[str], launches: int, kernel_filter: str = KV_KERNELS) -> list[str]:
     """ncu around a child that brackets its steady steps with cudaProfilerStart and Stop."""
     select = ["-k", kernel_filter] if kernel_filter else []
     return [
@@ -63,43 +72,71 @@ def run(
     log: Path,
     timeout_s: float,
     environ: Mapping[str, str],
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Say = lambda text: print(text, file=sys.stderr, flush=True),
     heartbeat_s: float = HEARTBEAT_S,
 ) -> Probe:
-    """Run `argv` to its end or to the limit. Whatever happens, its process group is gone afterwards."""
+    """Run ncu to its end or to the limit, and read what it wrote."""
     report.unlink(missing_ok=True)  # an old report must not pass for this run's
-    env = {**environ, "LC_ALL": "C", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    started = time.monotonic()
-    with log.open("w", encoding="utf-8") as sink:
-        try:
-            child = subprocess.Popen(list(argv), stdout=sink, stderr=sink, env=env, start_new_session=True)
-        except OSError as error:
-            return Probe("unavailable", f"ncu could not be started: {error.strerror}")
-        try:
-            timed_out = not _wait(child, started, timeout_s, heartbeat_s, say)
-        finally:
-            _kill_group(child)
-    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-    if timed_out:
+    try:
+        ended = bounded(argv, log, timeout_s, environ, say, heartbeat_s)
+    except OSError as error:
+        return Probe("unavailable", f"ncu could not be started: {error.strerror}")
+    tail = ended.tail
+    if ended.timed_out:
         return Probe("timeout", f"ncu did not finish in {timeout_s:.0f} s and was stopped", log_tail=tail)
     if any(word in line for line in tail for word in DENIED):
         return Probe(
             "denied", "the driver refused GPU counters (ERR_NVGPUCTRPERM); run as root or allow them", (), tail
         )
-    if child.returncode != 0:
-        return Probe("failed", f"ncu ended with {child.returncode}: {tail[-1] if tail else 'no output'}", (), tail)
+    if ended.code != 0:
+        return Probe("failed", f"ncu ended with {ended.code}: {tail[-1] if tail else 'no output'}", (), tail)
     try:
         kernels = read_report(report)
     except CorruptFileError as error:
         return Probe("empty", str(error), (), tail)
     except MissingError as error:
-        return Probe("failed", str(error), (), tail)
+        say(f"ncu: {error}; asking ncu for CSV instead")
+        return _exported(argv[0], report, environ, say)
     return Probe("ok", "", tuple(kernels), tail)
 
 
+def _exported(ncu: str, report: Path, environ: Mapping[str, str], say: Say) -> Probe:
+    """Without the reader: ncu turns its own report into CSV. It is known to hang there, so it is bounded too."""
+    argv, log = [ncu, "--import", str(report), "--csv", "--page", "raw"], report.with_suffix(".csv")
+    ended = bounded(argv, log, EXPORT_S, environ, say)
+    if ended.timed_out:
+        return Probe("timeout", f"ncu --csv did not finish in {EXPORT_S:.0f} s; pip install ncu-report reads reports")
+    try:
+        kernels = read_csv(log.read_text(encoding="utf-8", errors="replace"))
+    except CorruptFileError as error:
+        return Probe("failed", f"ncu --csv ended with {ended.code}: {error}", (), ended.tail)
+    if not kernels:
+        return Probe("empty", f"{report.name} holds no kernels: nothing matched")
+    return Probe("ok", "", tuple(kernels), ended.tail)
+
+
+def bounded(
+    argv: Sequence[str], log: Path, timeout_s: float, environ: Mapping[str, str], say: Say,
+    heartbeat_s: float = HEARTBEAT_S, what: str = "ncu",
+) -> Ended:  # fmt: skip
+    """Run to the end or to the limit. Whatever happens, the process group is gone afterwards."""
+    env = {**environ, "LC_ALL": "C", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as sink:
+        child = subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=env, start_new_session=True
+        )
+        try:
+            timed_out = not _wait(child, started, timeout_s, heartbeat_s, say, what)
+        finally:
+            _kill_group(child)
+    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+    return Ended(timed_out, child.returncode, tail)
+
+
 def _wait(
-    child: subprocess.Popen[bytes], started: float, limit: float, beat: float, say: Callable[[str], None]
-) -> bool:
+    child: subprocess.Popen[bytes], started: float, limit: float, beat: float, say: Say, what: str
+) -> bool:  # fmt: skip
     while True:
         left = started + limit - time.monotonic()
         if left <= 0:
@@ -108,7 +145,7 @@ def _wait(
             child.wait(min(beat, left))
             return True
         except subprocess.TimeoutExpired:
-            say(f"ncu: running for {time.monotonic() - started:.0f} s, limit {limit:.0f} s")
+            say(f"{what}: running for {time.monotonic() - started:.0f} s, limit {limit:.0f} s")
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

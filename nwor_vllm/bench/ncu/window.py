@@ -1,6 +1,7 @@
-"""`python -m nwor_vllm.bench.ncu.window CELL.json WINDOW.json`: the process that ncu watches.
+"""`python -m nwor_vllm.bench.ncu.window CELL.json WINDOW.json [--profiled]`: a few counted steps for ncu to watch.
 
-Tensor parallel size 1, because kernel replay deadlocks collectives. The profiler is on for steady steps only.
+Tensor parallel size 1, because kernel replay deadlocks collectives. The profiler is on for steady steps only, and no
+step is scheduled ahead: one beyond the last token would write rows that no counter sees.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from nwor_vllm.bench import arms, workload
 from nwor_vllm.bench.backends.engine import VllmDriver
@@ -20,7 +22,7 @@ PROFILED_REQUESTS = 4
 PROFILED_TOKENS = 16
 
 
-def main(described: Path, window: Path) -> None:
+def main(described: Path, window: Path, profiled: bool) -> None:
     given = Cell.model_validate_json(described.read_text(encoding="utf-8"))
     cell = given.model_copy(
         update={
@@ -30,20 +32,24 @@ def main(described: Path, window: Path) -> None:
         }
     )  # fmt: skip
     work = workload.build(cell)
-    driver = VllmDriver(cell.engine, {"profiler_config": {"profiler": "cuda"}})
+    extra: dict[str, Any] = {"async_scheduling": False}
+    driver = VllmDriver(cell.engine, extra | ({"profiler_config": {"profiler": "cuda"}} if profiled else {}))
     driver.switch(arms.subject(cell).setting())
     driver.generate(work.warmup[0], cell)
     driver.counters()
-    driver.llm.start_profile()
+    if profiled:
+        driver.llm.start_profile()
     seconds, requests = driver.generate(work.batches[0], cell)
-    driver.llm.stop_profile()
+    if profiled:
+        driver.llm.stop_profile()
     result = BatchResult(0, 0, seconds, "", tuple(requests), driver.counters())
     logical, analytic = clock_bytes(cell, [result])
     counters = None if result.counters is None else dataclasses.asdict(result.counters)
-    text = json.dumps({"logical_bytes": logical, "analytic_bytes": analytic, "counters": counters})
-    window.write_text(text, encoding="utf-8")
+    text = f"{cell.requests} requests of {cell.max_tokens} tokens at tensor parallel size 1"
+    found = {"logical_bytes": logical, "analytic_bytes": analytic, "text": text, "counters": counters}
+    window.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
     driver.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), "--profiled" in sys.argv[3:])
