@@ -6,18 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nwor_vllm.bench.grid import Cell
+from nwor_vllm.bench.grid import Cell, Engine
 from nwor_vllm.bench.metrics import ArmLabel
+from nwor_vllm.policy import default_ladder
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A policy setting of the plugin. `repeat` is the subject once more: the A/A arm that must show no difference."""
+    """A policy setting of the plugin. `repeat` is the subject once more: the A/A arm that must show no difference.
+
+    `vanilla` is the subject's engine drafting nothing; `vanilla_engine` an engine of its own that has no drafter.
+    """
 
     mode: str
     policy: str
     draft_length: int
     threshold: float
+
+    @property
+    def bare(self) -> bool:
+        return self.mode == "vanilla_engine"
 
     def setting(self) -> dict[str, Any]:
         """For the plugin's live control."""
@@ -32,6 +40,12 @@ class Arm:
         mode: Any = self.mode
         return ArmLabel(mode, role, self.policy, self.draft_length, self.threshold)
 
+    def name(self, cell: Cell) -> str:
+        """What comparisons call it: the mode, and what tells it from others of that mode."""
+        other_length = self.mode == "fixed" and self.draft_length != cell.draft_length
+        text = f"fixed_k{self.draft_length}" if other_length else self.mode
+        return f"{text}@{self.threshold}" if self.threshold else text
+
 
 def subject(cell: Cell) -> Arm:
     """The arm a cell is about: vanilla, fixed, adaptive, early_exit or both."""
@@ -41,14 +55,23 @@ def subject(cell: Cell) -> Arm:
     return Arm(cell.arm, policy, cell.draft_length, cell.threshold)
 
 
+def fixed_lengths(engine: Engine) -> list[int]:
+    """Every fixed draft length that the engine is built for."""
+    return [k for k in engine.ladder or default_ladder(engine.draft_length) if k > 0]
+
+
 def references(cell: Cell) -> list[Arm]:
-    """What stands beside it: no speculation, the fixed draft length, and for headline runs the A/A arm."""
-    arms = []
+    """What stands beside it: no speculation, fixed draft lengths, and for headline runs the A/A arm."""
+    arms: list[Arm] = []
     for name in cell.references:
         if name == "vanilla" and cell.arm != "vanilla":
             arms.append(Arm("vanilla", "off", 0, 0.0))
+        elif name == "vanilla_engine" and cell.arm != "vanilla":
+            arms.append(Arm("vanilla_engine", "off", 0, 0.0))
         elif name == "fixed" and cell.arm not in ("fixed", "vanilla"):
             arms.append(Arm("fixed", "fixed", cell.draft_length, 0.0))
+        elif name == "best_fixed" and cell.arm != "vanilla":
+            arms += [Arm("fixed", "fixed", k, 0.0) for k in fixed_lengths(cell.engine)]
         elif name == "repeat":
             own = subject(cell)
             arms.append(Arm("repeat", own.policy, own.draft_length, own.threshold))
@@ -67,5 +90,5 @@ def order(arms: Sequence[Arm], batch: int) -> list[Arm]:
 
 def beside(cell: Cell, measured: Sequence[Arm]) -> list[Arm]:
     """The arms of a panel as a cell's record lists them: its subject, its references, then the other subjects."""
-    own = [subject(cell), *references(cell)]
-    return own + [arm for arm in measured if arm not in own and arm.mode != "repeat"]
+    others = [arm for arm in measured if arm.mode != "repeat"]
+    return list(dict.fromkeys([subject(cell), *references(cell), *others]))

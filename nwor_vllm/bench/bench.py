@@ -16,11 +16,11 @@ from types import FrameType
 
 from nwor_vllm.bench import plan, record, study
 from nwor_vllm.bench.grid import Grid
-from nwor_vllm.bench.measure import Session, run_group
-from nwor_vllm.bench.metrics import Objective
+from nwor_vllm.bench.measure import run_group
 from nwor_vllm.bench.ncu import profile
 from nwor_vllm.bench.plan import Planned
 from nwor_vllm.bench.provenance import REPRODUCIBLE, require_models
+from nwor_vllm.bench.session import Session
 from nwor_vllm.errors import ConfigError, NworError
 
 HEARTBEAT_S = 60.0
@@ -40,8 +40,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, help="with --benchmark: metrics.json, responses.jsonl, config.yaml")
     parser.add_argument("--group", help="only this engine group (as `nwor plan --groups` prints them)")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
-    parser.add_argument("--ttft-ms", type=float, help="objective for goodput: time to first token")
-    parser.add_argument("--tpot-ms", type=float, help="objective for goodput: time per output token")
     parser.add_argument("--wait", action="store_true", help="wait while another process works on this grid")
 
 
@@ -156,6 +154,7 @@ def _exhausted(planned: list[Planned], group: str | None) -> int:
 
 
 def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Planned]:
+    from nwor_vllm.bench.backends.beside import Beside
     from nwor_vllm.bench.backends.engine import open_engine
 
     for name, value in REPRODUCIBLE.items():
@@ -163,8 +162,8 @@ def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Pla
     signal.signal(signal.SIGTERM, _interrupt)
     session = Session(
         open_engine=open_engine,
+        open_beside=lambda engine: Beside(engine, open_engine),
         profile=lambda cell: profile.run(cell, out / cell.id, os.environ, say),
-        objective=Objective(*(None if ms is None else ms / 1000 for ms in (args.ttft_ms, args.tpot_ms))),
         say=say,
         environ=os.environ,
     )

@@ -62,6 +62,9 @@ class Engine(Frozen):
             )
         return self
 
+    def without_drafter(self) -> Engine:
+        return self.model_copy(update={"method": "none", "drafter": "", "draft_length": 0, "ladder": ()})
+
     @property
     def group(self) -> str:
         return digest(self.model_dump())[:12]

@@ -1,79 +1,22 @@
-"""Measuring: arms interleaved in one engine on equal prompts, from warm-up to records. The engine is a parameter."""
+"""Measuring: arms interleaved on equal prompts, from warm-up to the last batch. The engine is a parameter."""
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
 
-from nwor_vllm.bench import arms, compare, metrics, provenance, record, sidecars, stats, workload
+from nwor_vllm.bench import arms, finish, workload
 from nwor_vllm.bench.arms import Arm
-from nwor_vllm.bench.failures import explain
-from nwor_vllm.bench.grid import Cell, Engine
-from nwor_vllm.bench.metrics import BatchResult, Counters, Objective, RequestResult
+from nwor_vllm.bench.metrics import BatchResult, judged_by
 from nwor_vllm.bench.ncu.expect import ContradictionError
-from nwor_vllm.bench.ncu.profile import NOT_REQUESTED, Profiled
 from nwor_vllm.bench.plan import Planned
+from nwor_vllm.bench.record import Warmup
+from nwor_vllm.bench.session import Engines, Panel, Session
 from nwor_vllm.bench.workload import Prompt
 
 SETTLED = 0.02  # warm-up ends when an arm's block medians differ by less
 MAX_WARMUP_FACTOR = 2
-
-
-class Driver(Protocol):
-    """An engine that runs batches and switches policy live."""
-
-    def switch(self, setting: Mapping[str, Any]) -> None: ...
-
-    def generate(self, prompts: Sequence[Prompt], cell: Cell) -> tuple[float, list[RequestResult]]: ...
-
-    def counters(self) -> Counters | None:
-        """Increments since the last call."""
-        ...
-
-    def peak_memory_bytes(self) -> tuple[int | None, str]:
-        """And why not, where unknown."""
-        ...
-
-    def close(self) -> None: ...
-
-
-OpenEngine = Callable[[Engine], Driver]
-Say = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Panel:
-    """Cells measured together: the same prompts, interleaved."""
-
-    planned: list[Planned]
-    results: dict[Arm, list[BatchResult]] = field(default_factory=dict)
-    warmup: dict[str, Any] = field(default_factory=dict)
-    flags: list[str] = field(default_factory=list)
-
-    @property
-    def cell(self) -> Cell:
-        return self.planned[0].cell
-
-    @property
-    def arms(self) -> list[Arm]:
-        return arms.of_panel([p.cell for p in self.planned])
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What stays the same while a group is measured."""
-
-    open_engine: OpenEngine
-    profile: Callable[[Cell], Profiled]
-    objective: Objective
-    say: Say
-    environ: Mapping[str, str]
 
 
 def run_group(planned: Sequence[Planned], session: Session) -> list[Planned]:
@@ -85,84 +28,84 @@ def run_group(planned: Sequence[Planned], session: Session) -> list[Planned]:
     for item in planned:
         found = probes[item.cell.id]
         if found.status == "contradiction":
-            failed += _fail(Panel([item]), ContradictionError(found.reason), session, time.time())
+            failed += finish.fail(Panel([item]), ContradictionError(found.reason), session, time.time())
         else:
             panels.setdefault(item.cell.panel, Panel([])).planned.append(item)
-    driver: Driver | None = None
+    engines = Engines(session)
     try:
         for number, panel in enumerate(panels.values(), 1):
             names = ", ".join(p.cell.id for p in panel.planned)
             session.say(f"panel {number}/{len(panels)}: {names}")
             started = time.time()
             try:
-                if driver is None:
-                    driver = session.open_engine(panel.cell.engine)
-                    session.say(f"engine ready after {time.time() - started:.1f} s")
-                measure(panel, driver, session)
-                _finish(panel, driver, session, started, probes)
+                engines.open(panel)
+                batches = measure(panel, engines, session)
+                finish.finish(panel, batches, engines, session, started, probes)
             except Exception as error:
                 # One panel's failure is a fact to record, not the end of the night: the next gets a fresh engine.
-                failed += _fail(panel, error, session, started)
-                if driver is not None:
-                    _close(driver, session)
-                    driver = None
+                failed += finish.fail(panel, error, session, started)
+                engines.close()
     finally:
-        if driver is not None:
-            _close(driver, session)
+        engines.close()
     return failed
 
 
-def _close(driver: Driver, session: Session) -> None:
-    try:
-        driver.close()
-    except Exception as error:
-        session.say(f"engine did not close cleanly: {error}")
-
-
-def measure(panel: Panel, driver: Driver, session: Session) -> None:
+def measure(panel: Panel, engines: Engines, session: Session) -> Sequence[Sequence[Prompt]]:
+    """Fills the panel's results; returns the prompts they came from."""
     cell, chosen = panel.cell, panel.arms
     work = workload.build(cell)
     if work.repeats:
         panel.flags.append("the dataset has fewer prompts than the run needs: prompts repeat in later batches")
-    panel.warmup = warm_up(chosen, work.warmup, driver, cell, session.say)
-    if panel.warmup["settled"] is False:
-        panel.flags.append("warm-up did not settle within 2 %")
+    panel.warmup = warm_up(panel, work.warmup, engines)
+    session.say(f"warm-up: {in_words(panel.warmup)}")
+    if panel.warmup.settled is False:
+        panel.flags.append(f"warm-up: {in_words(panel.warmup)}")
     for index, prompts in enumerate(work.batches):
         for position, arm in enumerate(arms.order(chosen, index)):
+            driver = engines.of(arm)
             driver.switch(arm.setting())
             driver.counters()  # drop what came before
             seconds, requests = driver.generate(prompts, cell)
             result = BatchResult(index, position, seconds, workload.sha256(prompts), tuple(requests), driver.counters())
             panel.results.setdefault(arm, []).append(result)
-        timing = ", ".join(f"{arm.mode} {panel.results[arm][-1].seconds:.2f} s" for arm in chosen)
+        timing = ", ".join(f"{arm.name(cell)} {panel.results[arm][-1].seconds:.2f} s" for arm in chosen)
         session.say(f"batch {index + 1}/{len(work.batches)}: {timing}")
+    return work.batches
 
 
-def warm_up(
-    chosen: Sequence[Arm], batches: Sequence[Sequence[Prompt]], driver: Driver, cell: Cell, say: Say
-) -> dict[str, Any]:
+def warm_up(panel: Panel, batches: Sequence[Sequence[Prompt]], engines: Engines) -> Warmup:
     """Each arm on prompts of its own until its blocks agree, or twice what was asked for."""
-    seconds: dict[Arm, list[float]] = {arm: [] for arm in chosen}
-    settled: bool | None = None
-    rounds = 0
-    while batches and rounds < len(batches) * MAX_WARMUP_FACTOR:
-        for arm in arms.order(chosen, rounds):
+    cell, chosen = panel.cell, panel.arms
+    took: dict[Arm, list[float]] = {arm: [] for arm in chosen}
+    limit = len(batches) * MAX_WARMUP_FACTOR if len(batches) > 1 else len(batches)
+    blocks = 0
+    while blocks < limit:
+        for arm in arms.order(chosen, blocks):
+            driver = engines.of(arm)
             driver.switch(arm.setting())
-            took, requests = driver.generate(batches[rounds % len(batches)], cell)
-            tokens = sum(len(request.token_ids) for request in requests)
-            seconds[arm].append(took / max(tokens, 1))
-        rounds += 1
-        if rounds >= len(batches):
-            if len(batches) == 1:
-                break  # one block cannot show whether it settled
-            settled = all(_settled(values) for values in seconds.values())
-            if settled:
-                break
-    say(f"warm-up: {rounds} blocks" + {None: "", True: ", settled", False: ", not settled within 2 %"}[settled])
-    return {"blocks": rounds, "settled": settled}
+            prompts = batches[blocks % len(batches)]
+            seconds, requests = driver.generate(prompts, cell)
+            block = BatchResult(blocks, 0, seconds, "", tuple(requests), None)
+            took[arm].append(block.time(judged_by(cell)) / max(block.tokens, 1))
+        blocks += 1
+        if blocks >= len(batches) and blocks > 1 and max(abs(_moved(values)) for values in took.values()) <= SETTLED:
+            break
+    if blocks < 2:
+        few = "one block cannot show whether it settled" if blocks else "no warm-up was asked for"
+        return Warmup(blocks=blocks, limit=limit, tolerance=SETTLED, settled=None, changes={}, reasons={"settled": few})
+    changes = {arm.name(cell): _moved(values) for arm, values in took.items()}
+    settled = max(map(abs, changes.values())) <= SETTLED
+    return Warmup(blocks=blocks, limit=limit, tolerance=SETTLED, settled=settled, changes=changes)
 
 
-def _settled(values: Sequence[float]) -> bool:
+def _moved(values: Sequence[float]) -> float:
     half = max(1, len(values) // 2)
-    before, after = statistics.median(values[:half]), statistics.median(values[-half:])
-    return abs(after / before - 1) <= SETTLED
+    return statistics.median(values[-half:]) / statistics.median(values[:half]) - 1
+
+
+def in_words(warmup: Warmup) -> str:
+    if warmup.settled is None:
+        return f"{warmup.blocks} blocks, {warmup.reasons['settled']}"
+    arm, change = max(warmup.changes.items(), key=lambda item: abs(item[1]))
+    said = "settled" if warmup.settled else f"not settled within {warmup.tolerance:.0%}"
+    return f"{warmup.blocks} blocks of at most {warmup.limit}, {said}: {arm} moved by {change:+.1%}"

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nwor_vllm.bench import stats
+from nwor_vllm.bench import load, stats
+from nwor_vllm.bench.grid import Cell
 from nwor_vllm.bench.record import Batch, Distribution, Mode, Ncu
+from nwor_vllm.errors import MissingError
 
+Metric = Literal["latency_s", "request_latency_s"]
 NO_COUNTERS = "the engine gave no counters"
 
 
@@ -29,6 +32,9 @@ class RequestResult:
     rounds: int | None = None  # of speculation, for this request
     drafted: int | None = None
     accepted: int | None = None
+    per_round: tuple[tuple[int, int], ...] | None = None  # (verified, accepted)
+    arrival_s: float = 0.0  # scheduled, after the start of its batch; times count from here
+    queue_s: float | None = None  # from then until the engine took it up
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +70,33 @@ class BatchResult:
     def tokens(self) -> int:
         return sum(len(request.token_ids) for request in self.requests)
 
+    @property
+    def request_latency_s(self) -> float | None:
+        """Mean over its requests; None where the engine gave no times."""
+        known = [request.latency_s for request in self.requests if request.latency_s is not None]
+        return sum(known) / len(known) if known and len(known) == len(self.requests) else None
+
+    def time(self, metric: Metric) -> float:
+        """What arms are compared by."""
+        if metric == "latency_s":
+            return self.seconds
+        if self.request_latency_s is None:
+            raise MissingError("the engine gave no request times, and arrivals over time are judged by nothing else")
+        return self.request_latency_s
+
 
 @dataclass(frozen=True, slots=True)
 class ArmLabel:
-    mode: Literal["vanilla", "fixed", "adaptive", "early_exit", "both", "repeat"]
+    mode: Literal["vanilla", "vanilla_engine", "fixed", "adaptive", "early_exit", "both", "repeat"]
     role: Literal["subject", "reference"]
     policy: str
     draft_length: int
     threshold: float
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What a request must meet to count as good."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
+def judged_by(cell: Cell) -> Metric:
+    """A batch that arrives over time ends when its last request has come, however fast the engine is."""
+    return "latency_s" if cell.request_rate == "inf" else "request_latency_s"
 
 
 KV_FIELDS = ("draft_kv_bytes_written", "draft_kv_bytes_avoided", "target_kv_bytes_written", "target_kv_bytes_avoided")
@@ -136,7 +153,7 @@ def combine(parts: Sequence[Counters]) -> Counters:
 
 
 def summarise(
-    label: ArmLabel, batches: Sequence[BatchResult], objective: Objective, ncu: Ncu,
+    label: ArmLabel, batches: Sequence[BatchResult], slo: Mapping[str, float], ncu: Ncu,
     ncu_metrics: dict[str, float] | None = None,
 ) -> Mode:  # fmt: skip
     """One arm of a record."""
@@ -150,14 +167,20 @@ def summarise(
             reasons[f"latency_{name}_s"] = stats.not_estimable(len(seconds), q)
     if ncu_metrics is None:
         reasons["ncu_metrics"] = ncu.reason or ncu.status
-    goodput = _goodput(requests, objective, wall)
-    if goodput is None:
-        reasons["goodput_req_s"] = "no TTFT or TPOT objective was set, or the engine gave no timestamps"
+    good, why = _good(requests, slo)
+    if good is None:
+        reasons |= dict.fromkeys(("goodput_req_s", "slo_met_share"), why)
+    no_speculation: Any = None
+    if label.policy == "off":  # as a reference in the subject's engine; else that engine has no drafter at all
+        in_engine = label.mode == "vanilla" and label.role == "reference"
+        no_speculation = "k0_in_engine" if in_engine else "engine_without_drafter"
+    else:
+        reasons["no_speculation"] = "this arm speculates"
     found = [batch.counters for batch in batches]
     counters = combine([c for c in found if c is not None]) if found and None not in found else None
     speculation = _speculation(counters, reasons)
     return Mode(
-        mode=label.mode, role=label.role, policy=label.policy,
+        mode=label.mode, role=label.role, no_speculation=no_speculation, policy=label.policy,
         draft_length=label.draft_length, threshold=label.threshold,
         latency_avg_s=wall / len(seconds), latency_p50_s=stats.quantile(seconds, 0.5),
         latency_p95_s=tails["p95"], latency_p99_s=tails["p99"],
@@ -166,7 +189,9 @@ def summarise(
         request_latency_s=distribution([request.latency_s for request in requests]),
         ttft_s=distribution([request.ttft_s for request in requests]),
         tpot_s=distribution([request.tpot_s for request in requests]),
-        goodput_req_s=goodput, **speculation, ncu_metrics=ncu_metrics, ncu=ncu,
+        queue_s=distribution([request.queue_s for request in requests]),
+        goodput_req_s=None if good is None else good / wall,
+        slo_met_share=None if good is None else good / len(requests), **speculation, ncu_metrics=ncu_metrics, ncu=ncu,
         outputs_sha256={f"{b.index}/{r.id}": output_hash(r.token_ids) for b in batches for r in b.requests},
         batches=[_batch(batch) for batch in batches], reasons=reasons,
     )  # fmt: skip
@@ -175,19 +200,20 @@ def summarise(
 def _batch(batch: BatchResult) -> Batch:
     return Batch(
         index=batch.index, position=batch.position, seconds=batch.seconds, tokens=batch.tokens,
-        prompts_sha256=batch.prompts_sha256,
+        prompts_sha256=batch.prompts_sha256, request_latency_s=batch.request_latency_s,
         spec_num_draft_tokens=batch.counters.drafted if batch.counters else None,
         spec_num_accepted_tokens=batch.counters.accepted if batch.counters else None,
     )  # fmt: skip
 
 
-def _goodput(requests: Sequence[RequestResult], objective: Objective, wall: float) -> float | None:
-    limits = [(name, limit) for name, limit in (("ttft_s", objective.ttft_s), ("tpot_s", objective.tpot_s)) if limit]
-    if not limits or any(request.ttft_s is None for request in requests):
-        return None
-    # A request of one token has no TPOT and misses no objective on it.
-    good = sum(all((getattr(r, name) or 0.0) <= limit for name, limit in limits) for r in requests)
-    return good / wall
+def _good(requests: Sequence[RequestResult], slo: Mapping[str, float]) -> tuple[int | None, str]:
+    """How many requests met every objective; or None, and why."""
+    if not slo:
+        return None, "no objective was set: --slo ttft:MS tpot:MS e2el:MS"
+    judged = [load.met(slo, r.ttft_s, r.tpot_s, r.latency_s) for r in requests]
+    if None in judged:
+        return None, "the engine gave no timestamps"
+    return sum(map(bool, judged)), ""
 
 
 def _speculation(counters: Counters | None, reasons: dict[str, str]) -> dict[str, Any]:
@@ -218,17 +244,3 @@ def _speculation(counters: Counters | None, reasons: dict[str, str]) -> dict[str
     }  # fmt: skip
     reasons.update({name: text for name, text in why.items() if fields[name] is None})
     return fields
-
-
-def kv_rows(batches: Sequence[BatchResult]) -> int | None:
-    """Target K/V rows by arithmetic: prompts, every verified draft, and one for each round or plain decode step.
-
-    A round emits its accepted tokens and one more; the first token of a request comes from its prefill.
-    """
-    rows = 0
-    for batch in batches:
-        if batch.counters is None:
-            return None
-        prompts = sum(request.prompt_tokens for request in batch.requests)
-        rows += prompts + batch.counters.verified + batch.tokens - batch.counters.accepted - len(batch.requests)
-    return rows

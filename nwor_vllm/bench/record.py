@@ -53,6 +53,7 @@ class Batch(Frozen):
     seconds: float = Field(gt=0)
     tokens: int = Field(ge=0)
     prompts_sha256: str
+    request_latency_s: float | None = None  # mean over its requests
     spec_num_draft_tokens: int | None = None
     spec_num_accepted_tokens: int | None = None
 
@@ -73,8 +74,9 @@ class Ncu(Measured):
 class Mode(Measured):
     """One arm as measured. `per_mode[0]` is the run's subject; the others were interleaved with it on equal prompts."""
 
-    mode: Literal["vanilla", "fixed", "adaptive", "early_exit", "both", "repeat"]
+    mode: Literal["vanilla", "vanilla_engine", "fixed", "adaptive", "early_exit", "both", "repeat"]
     role: Literal["subject", "reference"]
+    no_speculation: Literal["k0_in_engine", "engine_without_drafter"] | None  # how this arm does without
     policy: str
     draft_length: int = Field(ge=0)
     threshold: float = Field(ge=0, le=1)
@@ -89,7 +91,9 @@ class Mode(Measured):
     request_latency_s: Distribution
     ttft_s: Distribution
     tpot_s: Distribution
-    goodput_req_s: float | None
+    queue_s: Distribution  # from the scheduled arrival until the engine took the request up
+    goodput_req_s: float | None  # requests a second that met every objective
+    slo_met_share: float | None = Field(ge=0, le=1)  # and their share
     spec_num_draft_tokens: int | None
     spec_num_accepted_tokens: int | None
     spec_num_rounds: int | None
@@ -111,22 +115,64 @@ class Mode(Measured):
     batches: list[Batch] = Field(min_length=1)
 
 
+class Divergence(Measured):
+    """Where one request's output first differs between two arms."""
+
+    request: str
+    index: int = Field(ge=0)  # of the token
+    subject_token: int | None
+    other_token: int | None
+    margin: float | None  # how far the less probable of the two lies below the target's first choice, in nats
+    verdict: Literal["near_tie", "violation", "sampled"]
+
+
 class Ratio(Measured):
     """A paired comparison of the subject with another arm of the same run: below 1 the subject took less time."""
 
     against: str
-    metric: str
+    metric: Literal["latency_s", "request_latency_s"]  # of batches; of requests, where they arrive over time
     n: int = Field(ge=1)
     ratio: float = Field(gt=0)
     low: float | None
     high: float | None
     p: float | None = Field(ge=0, le=1)
     mde: float | None  # the smallest relative change that n batches would have shown, at 80 % power
-    outputs: str  # identical, or how many requests differ
+    verdict: Literal["identical", "near_tie", "violation", "sampled"]  # on the outputs
+    outputs: str  # the same in words
+    divergences: list[Divergence] = Field(default_factory=list)  # the first of them, violations before near ties
 
 
-class Summary(Frozen):
+class BestFixed(Measured):
+    """The fixed draft length that was best in hindsight, and the subject against it.
+
+    The luckiest of several is chosen after the fact, so the comparison leans against the subject.
+    """
+
+    draft_length: int = Field(ge=1)
+    metric: Literal["latency_s", "request_latency_s"]
+    candidates: dict[str, float]  # draft length -> mean of the metric
+    tied_with: list[int]  # lengths that the batches do not tell from the best, at 95 %
+    n: int = Field(ge=1)
+    ratio: float = Field(gt=0)
+    low: float | None
+    high: float | None
+    p: float | None = Field(ge=0, le=1)
+    mde: float | None
+
+
+class Summary(Measured):
     per_mode: list[Mode] = Field(min_length=1)
+    best_fixed: BestFixed | None
+
+
+class Warmup(Measured):
+    """How far the arms had settled: the median time of a token in the later half of their blocks over the earlier."""
+
+    blocks: int = Field(ge=0)
+    limit: int = Field(ge=0)
+    tolerance: float
+    settled: bool | None
+    changes: dict[str, float]  # arm -> relative change
 
 
 class Failure(Frozen):
@@ -152,7 +198,7 @@ class Record(Measured):
     cell: Cell
     provenance: dict[str, Any]
     flags: list[str] = Field(default_factory=list)  # what a reader should know: throttling, noise, unsettled warm-up
-    warmup: dict[str, Any] = Field(default_factory=dict)
+    warmup: Warmup | None
     peak_memory_bytes: int | None
     summary: Summary | None
     comparisons: list[Ratio] = Field(default_factory=list)

@@ -55,7 +55,7 @@ def test_27_records_are_valid_and_stand_beside_their_baselines(finished: Path) -
         assert len(set(prompts)) == len(prompts) == found.cell.batches
         assert path.with_suffix(".md").exists()
         assert {p.name for p in path.with_suffix("").iterdir()} == {
-            "config.yaml", "metrics.json", "responses.jsonl", "requests.csv",
+            "config.yaml", "metrics.json", "responses.jsonl", "requests.csv", "per_round.csv", "summary.csv",
         }  # fmt: skip
     assert not list(finished.rglob("*.partial"))
 

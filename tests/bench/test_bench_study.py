@@ -71,7 +71,8 @@ def test_its_three_files_are_in_the_output_folder(scripted: ModuleType, benchmar
     grid, out = study.load(benchmark, config(tmp_path), target, tmp_path / "results" / "one")
     assert run_group(plan.examine_all(grid, out), scripted.session(scripted.Scripted({}))) == []
     folder = tmp_path / "results" / "one"
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "responses.jsonl", "config.yaml", "requests.csv"}
+    csv = {"requests.csv", "per_round.csv", "summary.csv"}
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "responses.jsonl", "config.yaml"} | csv
     assert len(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["per_request"]) == 5
     assert [json.loads(x)["id"] for x in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()] != []
     assert record.read(tmp_path / "results" / "one.json").status == "done"

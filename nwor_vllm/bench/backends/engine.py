@@ -1,14 +1,14 @@
-"""The measuring driver over a real vLLM engine: batches in, the engine's own timestamps and our counters out."""
+"""The measuring driver over a real vLLM engine: requests in as they fall due, timestamps and counters out."""
 
 from __future__ import annotations
 
 import gc
 import importlib
 import os
-import resource
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nwor_vllm.bench import provenance
@@ -18,7 +18,8 @@ from nwor_vllm.bench.workload import Prompt
 from nwor_vllm.errors import ConfigError
 from nwor_vllm.plugin import control
 
-EMPTY: dict[str, Any] = {"policy": "fixed"}
+MEMORY = "nwor_vllm.bench.backends.memory.PeakMemory"
+TOP = 5  # tokens whose probability is asked for where two arms' outputs part
 
 
 def open_engine(engine: Engine) -> VllmDriver:
@@ -31,7 +32,7 @@ def arguments(engine: Engine) -> dict[str, Any]:
         "model": provenance.model_path(engine.target), "tensor_parallel_size": engine.tensor_parallel_size,
         "max_model_len": engine.max_model_len, "max_num_seqs": engine.max_num_seqs, "dtype": engine.dtype,
         "enforce_eager": engine.enforce_eager, "gpu_memory_utilization": engine.gpu_memory_utilization,
-        "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
+        "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0, "worker_extension_cls": MEMORY,
     }  # fmt: skip
     if engine.method == "none" or engine.draft_length == 0:
         return given
@@ -40,7 +41,56 @@ def arguments(engine: Engine) -> dict[str, Any]:
         speculative["prompt_lookup_max"] = 4
     else:
         speculative["model"] = provenance.model_path(engine.drafter)
-    return given | {"speculative_config": speculative, "additional_config": {"nwor": EMPTY}}
+    nwor = {"policy": "fixed", "ladder": list(engine.ladder)}
+    return given | {
+        "speculative_config": speculative, "additional_config": {"nwor": nwor},
+        "per_request_spec_decode_metrics": "detailed",
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A request, and when after the start of its batch it arrives."""
+
+    id: str
+    arrival_s: float
+    prompt: Any
+    params: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    output: Any
+    sent: float  # by the engine core's clock, time.monotonic
+
+
+def serve(
+    engine: Any, requests: Sequence[Due], limit: int | None, open_loop: bool,
+    clock: Callable[[], float] = time.monotonic, wait: Callable[[float], None] = time.sleep,
+) -> tuple[float, dict[str, Served]]:  # fmt: skip
+    """Each request goes in at the first step boundary after it is due, and its times count from when it was due.
+
+    In a closed loop every user has one request: it counts from when it is sent, as a place in flight becomes free. An
+    engine takes requests up between steps, so nothing waits here but while the engine has nothing to do.
+    """
+    started, offset = clock(), time.time() - time.monotonic()
+    waiting, sent, done = deque(requests), dict[str, float](), dict[str, Served]()
+    while waiting or len(done) < len(sent):
+        while waiting and (limit is None or len(sent) - len(done) < limit):
+            now = clock()
+            due = started + waiting[0].arrival_s
+            if due > now:
+                break
+            item = waiting.popleft()
+            sent[item.id] = due if open_loop else now
+            engine.add_request(item.id, item.prompt, item.params, arrival_time=sent[item.id] + offset)
+        if len(done) == len(sent):
+            wait(max(started + waiting[0].arrival_s - clock(), 0.0))
+            continue
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = Served(output, sent[output.request_id])
+    return clock() - started, done
 
 
 class VllmDriver:
@@ -54,6 +104,9 @@ class VllmDriver:
         self.engine = engine
         self.llm: Any = vllm.LLM(**arguments(engine), **(extra or {}))
         self.sampling: Any = vllm.SamplingParams
+        self.final: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
+        self.inputs: Any = importlib.import_module("vllm.inputs")
+        self.served = 0
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.speculates = engine.method != "none" and engine.draft_length > 0
         self.learnt: dict[str, Any] = {}  # an arm's policy goes on where it stopped, not from nothing
@@ -74,19 +127,33 @@ class VllmDriver:
         self.current = name
 
     def generate(self, prompts: Sequence[Prompt], cell: Cell) -> tuple[float, list[RequestResult]]:
-        rows = [{"prompt_token_ids": self._tokens(prompt, cell)} for prompt in prompts]
-        params = [self._sampling(prompt, cell) for prompt in prompts]
+        due = [
+            Due(
+                f"due{i}",
+                prompt.arrival_s,
+                self.inputs.tokens_input(self._tokens(prompt, cell)),
+                self._sampling(prompt, cell),
+            )
+            for i, prompt in enumerate(prompts, self.served)
+        ]
+        self.served += len(due)
         gc.collect()
-        started = time.perf_counter()
-        outputs = self.llm.generate(rows, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        seconds, done = serve(self.llm.llm_engine, due, cell.max_concurrency, cell.request_rate != "inf")
         seen = control.snapshot(self.llm)["requests"] if self.speculates else {}
         # The engine core knows a request by the frontend's id and a random suffix.
         rounds = {name.rpartition("-")[0] or name: counts for name, counts in seen.items()} | seen
         return seconds, [
-            _result(prompt, output, rounds.get(output.request_id, {}))
-            for prompt, output in zip(prompts, outputs, strict=True)
+            _result(prompt, done[item.id], rounds.get(item.id, {})) for prompt, item in zip(prompts, due, strict=True)
         ]
+
+    def top_logprobs(self, texts: Sequence[tuple[Prompt, Sequence[int]]], cell: Cell) -> list[dict[int, float]]:
+        rows = [self.inputs.tokens_input([*self._tokens(prompt, cell), *more]) for prompt, more in texts]
+        asked = self.sampling(temperature=0.0, max_tokens=1, logprobs=TOP)
+        found = self.llm.generate(rows, asked, use_tqdm=False)
+        return [{token: p.logprob for token, p in output.outputs[0].logprobs[0].items()} for output in found]
+
+    def dtype(self) -> str:
+        return str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
     def _tokens(self, prompt: Prompt, cell: Cell) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -107,7 +174,7 @@ class VllmDriver:
         sampled = cell.temperature > 0
         return self.sampling(
             temperature=cell.temperature, top_p=cell.top_p if sampled else 1.0, max_tokens=cell.max_tokens,
-            seed=prompt.seed if sampled else None, ignore_eos=cell.ignore_eos,
+            seed=prompt.seed if sampled else None, ignore_eos=cell.ignore_eos, output_kind=self.final,
         )  # fmt: skip
 
     def counters(self) -> Counters | None:
@@ -118,14 +185,8 @@ class VllmDriver:
         return counters_of(state)
 
     def peak_memory_bytes(self) -> tuple[int | None, str]:
-        if not provenance.gpus():
-            # Linux counts kilobytes, macOS bytes.
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, ""
-        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-            return None, "the engine runs in other processes"
-        torch: Any = importlib.import_module("torch")
-        return int(torch.cuda.max_memory_allocated()), ""
+        """Of the largest worker, asked where the model runs: in this process or another."""
+        return max(self.llm.collective_rpc("nwor_peak_memory_bytes")), ""
 
     def close(self) -> None:
         core = self.llm.llm_engine.engine_core
@@ -150,16 +211,21 @@ def counters_of(state: Mapping[str, Any]) -> Counters:
     )  # fmt: skip
 
 
-def _result(prompt: Prompt, output: Any, counts: Mapping[str, int]) -> RequestResult:
-    done, stats = output.outputs[0], output.metrics
+def _result(prompt: Prompt, served: Served, counts: Mapping[str, int]) -> RequestResult:
+    output = served.output
+    done, stats, speculation = output.outputs[0], output.metrics, output.outputs[0].spec_decode_metrics
     tokens = tuple(done.token_ids)
-    ttft = tpot = latency = None
+    ttft = tpot = latency = queued = None
     if stats is not None and stats.first_token_latency:
         ttft = float(stats.first_token_latency)
         decode = float(stats.last_token_ts - stats.first_token_ts)
         latency = ttft + decode
         tpot = decode / (len(tokens) - 1) if len(tokens) > 1 else None
+        queued = max(float(stats.scheduled_ts) - served.sent, 0.0)
+    rounds = None
+    if speculation is not None:
+        rounds = tuple(zip(speculation.per_step_drafted, speculation.per_step_accepted, strict=True))
     return RequestResult(
         prompt.id, tokens, str(done.finish_reason), ttft, tpot, latency, len(output.prompt_token_ids), done.text,
-        counts.get("rounds"), counts.get("drafted"), counts.get("accepted"),
+        counts.get("rounds"), counts.get("drafted"), counts.get("accepted"), rounds, prompt.arrival_s, queued,
     )  # fmt: skip
