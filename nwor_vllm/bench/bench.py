@@ -137,7 +137,7 @@ def _what(args: argparse.Namespace) -> tuple[Grid, Path]:
     if args.output_dir is None:
         raise ConfigError("--benchmark needs --output-dir")
     args.only = ""
-    grid, out = study.load(args.benchmark, args.config, args.model, args.output_dir)
+    grid, out = study.load(args.benchmark, args.config, args.model, args.output_dir, os.environ)
     require_models(grid.cells)
     return grid, out
 

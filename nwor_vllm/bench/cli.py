@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nwor_vllm.bench.doctor", "say what works on this machine, and what to do where it does not"),
     "plan": ("nwor_vllm.bench.plan", "what a grid holds, what is done, what is pending and why"),
     "bench": ("nwor_vllm.bench.bench", "measure what a grid lacks: arms interleaved in one engine, a record a run"),
-    "sweep": ("nwor_vllm.bench.sweep", "grids over the devices of this machine, an engine group at a time on each"),
+    "sweep": ("nwor_vllm.bench.sweep", "grids or configurations over the devices of this machine or a Ray cluster"),
     "profile": ("nwor_vllm.bench.profile", "one run under Nsight Compute; --cost: what a step costs here"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
     "verify": (

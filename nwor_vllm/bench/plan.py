@@ -113,20 +113,19 @@ def add_grid_flags(parser: argparse.ArgumentParser, optional: bool = False) -> N
 
 def given_flags(args: argparse.Namespace) -> list[str]:
     """What was asked for on the command line, for another command with these flags."""
-    names = (
-        "profile",
-        "target",
-        "drafter",
-        "method",
-        "tensor_parallel_size",
-        "dataset",
-        "policy",
-        "batches",
-        "seeds",
-        "only",
-    )
-    given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
-    return given + (["--retry-failed"] if args.retry_failed else [])
+    known = argparse.ArgumentParser(add_help=False)
+    add_grid_flags(known, optional=True)
+    given: list[str] = []
+    for action in known._actions:
+        value = getattr(args, action.dest)
+        if not action.option_strings or action.dest == "out" or value == action.default:
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            given.append(flag)
+        else:
+            given += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return given
 
 
 def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Grid, Path]:

@@ -119,7 +119,8 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def model_path(name: str) -> str:
-    """A model as something that can be opened: `zoo:NAME`, a folder, or a hub id that is already downloaded."""
+    """A model as something that can be opened: `zoo:NAME`, a folder, or `ORG/NAME` or `ORG/NAME@REVISION` of the hub
+    that is already downloaded."""
     if name.startswith("zoo:"):
         from nwor_vllm import zoo
 
@@ -129,16 +130,24 @@ def model_path(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise MissingError(f"model {name!r}: the folder has no config.json")
         return str(folder)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    hub_id, _, revision = name.partition("@")
+    if folder.is_absolute() or name.startswith(".") or hub_id.count("/") != 1:
         raise MissingError(f"model {name!r} does not exist; set TARGET_MODEL and DRAFT_MODEL to folders or hub ids")
-    cache = _hub_cache() / f"models--{name.replace('/', '--')}"
-    try:
-        revision = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        raise MissingError(f"model {name!r} is not on this machine; download it first: hf download {name}") from None
+    cache = _hub_cache() / f"models--{hub_id.replace('/', '--')}"
+    fetch = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+    instead = "or set TARGET_MODEL and DRAFT_MODEL to models that are here, or PROFILE=embedded"
+    if not revision:
+        try:
+            revision = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
+        except OSError:
+            raise MissingError(
+                f"model {name!r} is not on this machine; download it first: {fetch}; {instead}"
+            ) from None
     snapshot = cache / "snapshots" / revision
+    if not snapshot.is_dir():
+        raise MissingError(f"model {name!r} is not on this machine; download it first: {fetch}; {instead}")
     if not (snapshot / "config.json").exists():
-        raise MissingError(f"model {name!r} is only half downloaded; finish it: hf download {name}")
+        raise MissingError(f"model {name!r} is only half downloaded; finish it: {fetch}")
     return str(snapshot)
 
 
@@ -177,12 +186,15 @@ def dataset_sha256(workload: str, dataset: str) -> str:
     return hashlib.sha256(workload.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
+def machine() -> dict[str, Any]:
+    """The part of an identity that is the machine's and not the cell's."""
+    return {"versions": versions(), "hardware": hardware(), "code": code()}
+
+
 def identity(cell: Cell) -> dict[str, Any]:
     """Everything but the settings that a result depends on."""
     return {
-        "versions": versions(),
-        "hardware": hardware(),
-        "code": code(),
+        **machine(),
         "dataset_sha256": dataset_sha256(cell.workload, cell.dataset),
         "models": {"target": model_fingerprint(cell.engine.target), "drafter": model_fingerprint(cell.engine.drafter)},
     }

@@ -15,27 +15,42 @@ from nwor_vllm.errors import ConfigError, unknown_key
 SECTIONS: Mapping[str, frozenset[str]] = {
     "generation": frozenset({"max_tokens", "temperature", "top_p", "ignore_eos"}),
     "engine": frozenset({"tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "dtype", "enforce_eager"}),
-    "speculative_decoding": frozenset({"method", "model", "num_speculative_tokens"}),
+    "speculative_decoding": frozenset({"method", "model", "revision", "unpinned", "num_speculative_tokens"}),
 }
+MODEL_KEYS = frozenset({"model", "revision", "unpinned"})  # unpinned: why no revision could be named, for people
+# What PROFILE=embedded puts in the place of a configuration's models.
+EMBEDDED = {"eagle": "zoo:eagle", "eagle3": "zoo:eagle3", "draft_model": "zoo:draft", "ngram": "", "none": ""}
+EMBEDDED_ENGINE = {"tensor_parallel_size": 1, "max_model_len": 1024, "enforce_eager": True, "dtype": "float32"}
 
 
-def load(benchmark: Path, config: Path | None, model: str | None, output: Path) -> tuple[Grid, Path]:
+def load(
+    benchmark: Path, config: Path | None, model: str | None, output: Path, environ: Mapping[str, str] | None = None
+) -> tuple[Grid, Path]:
     """One cell over the whole file, in one batch; its record stands beside the output folder, named like it."""
+    environ = environ or {}
     data = read_mapping(config) if config is not None else {}
     for key in data:
-        if key != "model" and key not in SECTIONS:
-            raise ConfigError(f"{config}: {unknown_key('setting', key, {'model', *SECTIONS})}")
+        if key not in MODEL_KEYS and key not in SECTIONS:
+            raise ConfigError(f"{config}: {unknown_key('setting', key, {*MODEL_KEYS, *SECTIONS})}")
     parts = {name: _section(data, name, config) for name in SECTIONS}
-    target = model or data.get("model")
-    if not isinstance(target, str) or not target:
-        raise ConfigError("which model? name it with --model or as `model` in the --config file")
     speculation = parts["speculative_decoding"]
+    method = speculation.get("method", "eagle") if speculation else "none"
+    target = model or environ.get("TARGET_MODEL") or _pinned(data, f"{config}")
+    drafter = (speculation and environ.get("DRAFT_MODEL")) or _pinned(speculation, f"{config}: speculative_decoding")
+    if environ.get("PROFILE") == "embedded":
+        if method not in EMBEDDED:
+            raise ConfigError(f"{config}: PROFILE=embedded has no {method} drafter; valid: {', '.join(EMBEDDED)}")
+        target, drafter = "zoo:target", EMBEDDED[method]
+        parts["engine"] |= EMBEDDED_ENGINE
+    elif width := environ.get("TENSOR_PARALLEL_SIZE"):
+        parts["engine"]["tensor_parallel_size"] = width
+    if not target:
+        raise ConfigError("which model? name it with --model or as `model` in the --config file")
     draft_length = speculation.get("num_speculative_tokens", 5) if speculation else 0
     rows = workload.read_file(benchmark)
     try:
         engine = Engine(
-            target=target, drafter=speculation.get("model", ""),
-            method=speculation.get("method", "eagle") if speculation else "none",
+            target=target, drafter=drafter, method=method,
             draft_length=draft_length, max_num_seqs=min(len(rows), 256), **parts["engine"],
         )  # fmt: skip
         cell = Cell(
@@ -46,6 +61,15 @@ def load(benchmark: Path, config: Path | None, model: str | None, output: Path) 
     except ValidationError as error:
         raise first_problem(error, str(config or "--benchmark")) from None
     return Grid(name="study", out=str(output.parent), cells=(cell,)), output.parent
+
+
+def _pinned(section: Mapping[str, Any], where: str) -> str:
+    """`model` at `revision`, as one name."""
+    values = {key: section.get(key) or "" for key in sorted(MODEL_KEYS)}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: {key} is {value!r:.60}; expected text")
+    return f"{values['model']}@{values['revision']}" if values["revision"] else values["model"]
 
 
 def _section(data: Mapping[str, Any], name: str, config: Path | None) -> dict[str, Any]:

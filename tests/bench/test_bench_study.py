@@ -55,7 +55,7 @@ def test_a_study_configuration_is_read_as_it_is(benchmark: Path, tmp_path: Path)
         ({"engine": {"tensor_parallel": 2}}, "did you mean 'engine.tensor_parallel_size'"),
         ({"engine": 3}, "expected names and settings"),
         ({"generation": {"max_tokens": 0}}, "max_tokens is 0"),
-        ({"model": 3}, "which model?"),
+        ({"model": 3}, "model is 3; expected text"),
     ],
 )
 def test_unknown_and_impossible_settings_are_errors(
