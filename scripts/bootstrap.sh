@@ -82,7 +82,7 @@ fill_cpu() {
 fill_gpu() {
     say "installing vLLM for GPU (several GiB)"
     pip_install "$env/bin/python" "$log" -r requirements/gpu.txt -c requirements/dev.txt
-    pip_install "$env/bin/python" "$log" -c requirements/dev.txt -e '.[bench,split,ncu,dev]'
+    pip_install "$env/bin/python" "$log" -c requirements/dev.txt -e '.[bench,split,ncu,ray,dev]'
 }
 
 fill_current() {

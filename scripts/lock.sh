@@ -38,10 +38,10 @@ PY
 
 "$python" -c 'import tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
-print(*(line for name in ("bench", "split", "ncu", "dev") for line in extras[name]), sep="\n")' >"$work/ours.txt"
+print(*(line for name in ("bench", "split", "ncu", "ray", "dev") for line in extras[name]), sep="\n")' >"$work/ours.txt"
 "$python" -m pip install -q -r "$work/ours.txt" -c "$work/cpu.txt"
 {
-    echo "# Made by scripts/lock.sh: the extras bench, split, ncu and dev, where requirements/cpu.txt does not have it."
+    echo "# Made by scripts/lock.sh: the extras bench, split, ncu, ray and dev, where requirements/cpu.txt does not have it."
     echo "# Install with: pip install --no-deps -r requirements/dev.txt"
     "$python" -m pip freeze -q --all --exclude pip | grep -vxF -f <(sed 's/ ;.*//' "$work/cpu.txt")
 } >"$work/dev.txt"
