@@ -25,7 +25,7 @@ LENGTHS = (0, 1, 2, 3, 5, 8, 10, 15)
 CONTEXTS = (48, 320)  # prompt tokens
 MAX_MODEL_LEN, NEW_TOKENS = 512, 96
 SETTLE = 8  # steps of a burst that are not counted: the batch fills, caches warm
-BURST = 72
+BURST, LARGE = 72, 16  # counted steps of a burst; half of that above batch 16, where steps are long and alike
 
 
 Samples = dict[tuple[int, ...], list[tuple[float, float]]]
@@ -75,9 +75,8 @@ def measure(target: str, method: str, drafter: str, sizes: Sequence[int], rounds
             rng.shuffle(turns)
             for size, context in turns:
                 prompts = _prompts(rng, context, vocabulary)
-                steps = drafts.burst(
-                    llm, prompts, size, _plans(rng), SETTLE if number == 0 else BURST + SETTLE, max_tokens=NEW_TOKENS
-                )
+                count = SETTLE if number == 0 else SETTLE + (BURST if size <= LARGE else BURST // 2)
+                steps = drafts.burst(llm, prompts, size, _plans(rng), count, max_tokens=NEW_TOKENS)
                 for plan, step in steps[SETTLE:]:
                     judged = step.draft_steps if plan.watch else 0
                     key = (step.requests, step.verified_tokens, step.draft_steps, judged, context)

@@ -28,7 +28,7 @@ from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError
 from nwor_vllm.zoo import store
 
 METHODS = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}
-REQUESTS = {1: 16, 4: 48, 16: 64}  # by batch; small batches are slow
+REQUESTS = {1: 8, 4: 24, 16: 64}  # by batch; small batches are slow
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domains", nargs="+", default=list(zoo.DOMAINS), help="kinds of prompts (default: all)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0], help="default 0 0.7 1.0")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="requests in flight; default 1 4 16")
-    parser.add_argument("--requests", type=int, default=0, help="per file (default: 16, 48 or 64, by batch)")
+    parser.add_argument("--requests", type=int, default=0, help="per file (default: 8, 24 or 64, by batch)")
     parser.add_argument("--max-tokens", type=int, default=96, help="per request (default 96)")
     parser.add_argument("--k", type=int, default=15, help="full draft length (default 15)")
     parser.add_argument("--target", default="target", help="target, wide or wider")
@@ -97,9 +97,10 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
         )
     for domain in args.domains:
         zoo.prompts(domain, 1)  # an unknown name is an error before an engine starts
-        for temperature in args.temperatures:
-            for batch in args.batches:
-                requests = args.requests or REQUESTS.get(batch, max(16, 2 * batch))
+    for batch in sorted(args.batches, reverse=True):  # the quick ones first
+        requests = args.requests or REQUESTS.get(batch, max(16, 2 * batch))
+        for domain in args.domains:
+            for temperature in args.temperatures:
                 yield Recording(
                     args.target, args.drafter, args.k, domain, temperature, batch, requests, args.max_tokens, args.seed
                 )
