@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nwor_vllm.bench import stats
@@ -32,10 +32,11 @@ class Comparison:
     mde: float | None
     verdict: str
     outputs: str
+    aa: bool = False  # a run against its own repetition: the control that has to show nothing
 
 
 def subject(record: Record, where: str) -> Mode:
-    if record.summary is None:
+    if record.summary is None or record.status != "done":
         raise CorruptFileError(f"{where} is a failed run: {record.failure.message if record.failure else ''}")
     return record.summary.per_mode[0]
 
@@ -75,29 +76,59 @@ def outputs_verdict(a: Mode, b: Mode, temperature: float) -> str:
     return text if temperature == 0 else f"{text} (sampled)"
 
 
+def judged(a: Record, b: Record) -> str | None:
+    """What was said of the outputs when both were arms of one panel: only then was the target asked about ties."""
+    if a.panel != b.panel or a.started_at != b.started_at or a.summary is None:
+        return None
+    first = a.summary.per_mode[0]
+    name = f"{first.mode}@{first.threshold}" if first.threshold else first.mode
+    return next((ratio.outputs for ratio in b.comparisons if ratio.against == name), None)
+
+
 def compare_records(pairs: Sequence[tuple[Path, Path]], metric: str) -> list[Comparison]:
+    """A row a pair, held to 5 % over all of them (Holm); then the A/A arms of the records, each on its own."""
     drafts: list[tuple[Path, Path, stats.PairedRatio, str]] = []
+    controls: dict[Path, Comparison] = {}
     for left, right in pairs:
         a, b = read(left), read(right)
         first, second = subject(a, str(left)), subject(b, str(right))
         x, y = paired(first, second, metric)
         if not x:
             raise ConfigError(f"{left} and {right} share no batch of the same prompts; they cannot be paired")
-        outputs = outputs_verdict(first, second, max(a.cell.temperature, b.cell.temperature))
+        outputs = judged(a, b) or outputs_verdict(first, second, max(a.cell.temperature, b.cell.temperature))
         drafts.append((left, right, stats.paired_ratio(y, x), outputs))
+        controls |= {path: row for path, record in ((left, a), (right, b)) if (row := control(path, record, metric))}
     adjusted = iter(stats.holm([result.p for _, _, result, _ in drafts if result.p is not None]))
     rows = []
     for left, right, result, outputs in drafts:
         p_holm = None if result.p is None else next(adjusted)
-        said = stats.verdict(result, p_holm)
-        if metric == "throughput":
-            said = {"faster": "slower", "slower": "faster"}.get(said, said)
-        elif metric == "draft_tokens":
-            said = {"faster": "fewer", "slower": "more"}.get(said, said)
-        rows.append(
-            Comparison(str(left), str(right), metric, **asdict(result), p_holm=p_holm, verdict=said, outputs=outputs)
-        )
-    return rows
+        rows.append(_row(left, right, metric, result, p_holm, outputs))
+    return rows + list(controls.values())
+
+
+def control(path: Path, record: Record, metric: str) -> Comparison | None:
+    """The record's A/A arm, where it has one: the subject against the subject once more."""
+    modes = record.summary.per_mode if record.summary else []
+    again = next((mode for mode in modes if mode.mode == "repeat"), None)
+    if again is None:
+        return None
+    x, y = paired(again, modes[0], metric)
+    if not x:
+        return None
+    result = stats.paired_ratio(y, x)
+    outputs = outputs_verdict(again, modes[0], record.cell.temperature)
+    return replace(_row(path, path, metric, result, result.p, outputs), aa=True)
+
+
+def _row(
+    left: Path, right: Path, metric: str, result: stats.PairedRatio, p_adjusted: float | None, outputs: str
+) -> Comparison:
+    said = stats.verdict(result, p_adjusted)
+    if metric == "throughput":
+        said = {"faster": "slower", "slower": "faster"}.get(said, said)
+    elif metric == "draft_tokens":
+        said = {"faster": "fewer", "slower": "more"}.get(said, said)
+    return Comparison(str(left), str(right), metric, **asdict(result), p_holm=p_adjusted, verdict=said, outputs=outputs)
 
 
 def find_pairs(a: Path, b: Path) -> list[tuple[Path, Path]]:
@@ -173,9 +204,14 @@ def _usable(pair: tuple[Path, Path]) -> bool:
 def sentence(row: Comparison) -> str:
     a, b = Path(row.a), Path(row.b)
     name = b.stem if a.stem == b.stem else f"{b.stem} against {a.stem}"
+    if row.aa:
+        name = f"A/A {b.stem}"
     if row.low is None or row.high is None or row.mde is None:
         return f"{name}: {row.metric} x{row.ratio:.3f}, {row.verdict}; outputs {row.outputs}"
-    return (
+    text = (
         f"{name}: {row.metric} x{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}], n={row.n}, "
         f"smallest detectable {row.mde:.1%}: {row.verdict}; outputs {row.outputs}"
     )
+    if row.aa and row.p is not None and row.p < 1 - stats.CONFIDENCE:
+        text += " - a run differs from its own repetition: trust no difference of this size beside it"
+    return text

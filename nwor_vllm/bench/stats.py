@@ -14,6 +14,7 @@ from nwor_vllm.errors import ConfigError
 
 CONFIDENCE = 0.95
 POWER = 0.80
+LARGEST_LOG = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,23 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = CON
         raise ConfigError(f"paired comparison of {len(a)} with {len(b)} values; expected equal counts from 1 up")
     if not all(math.isfinite(x) and x > 0 for x in (*a, *b)):
         raise ConfigError("paired comparison of values that are not positive numbers")
-    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    logs = [math.log(x) - math.log(y) for x, y in zip(a, b, strict=True)]
     n = len(logs)
     mean = math.fsum(logs) / n
     if n == 1:
-        return PairedRatio(1, math.exp(mean), None, None, None, None)
+        return PairedRatio(1, _exp(mean), None, None, None, None)
     sd = math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / (n - 1))
     error = sd / math.sqrt(n)
     half = float(distributions.t.ppf(0.5 + confidence / 2, n - 1)) * error
     p = float(2 * distributions.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
     return PairedRatio(
-        n, math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, math.expm1(min(mde_in_sd(n) * sd, 50.0))
+        n, _exp(mean), _exp(mean - half), _exp(mean + half), p, math.expm1(min(mde_in_sd(n) * sd, LARGEST_LOG))
     )
+
+
+def _exp(log: float) -> float:
+    """A ratio that is finite and above 0 whatever the values were: it goes into JSON."""
+    return math.exp(max(-LARGEST_LOG, min(log, LARGEST_LOG)))
 
 
 @functools.lru_cache(maxsize=256)

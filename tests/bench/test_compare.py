@@ -45,15 +45,47 @@ def test_a_planted_slowdown_of_five_percent_is_found(scripted: ModuleType, tmp_p
 
 def test_a_folder_s_adaptive_pairs(finished: Path) -> None:
     rows = compare.compare_records(compare.adaptive_pairs(finished / "sweeps/adaptive_grid"), "latency")
-    assert len(rows) == 8
+    again = [row for row in rows if row.aa]
+    rows = [row for row in rows if not row.aa]
+    assert (len(rows), len(again)) == (8, 2)  # the headline pair has A/A arms
+    assert all(row.a == row.b and 0.9 < row.ratio < 1.1 and row.p_holm == row.p for row in again)
     assert all(0.6 < row.ratio < 1.0 and row.outputs == "identical" for row in rows)
     assert all(row.p_holm is not None and row.p is not None and row.p_holm >= row.p for row in rows)
+
+
+def test_a_control_that_shows_a_difference_says_what_that_means(finished: Path, tmp_path: Path) -> None:
+    path = finished / "sweeps/oneoff_scenarios/scenario_b_chatbot.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    subject, again = (
+        next(m for m in good["summary"]["per_mode"] if m["mode"] == name) for name in ("adaptive", "repeat")
+    )
+    for factor, alarms in ((1.5, True), (1.0, False)):
+        for number, (batch, twin) in enumerate(zip(again["batches"], subject["batches"], strict=True)):
+            batch["seconds"] = twin["seconds"] * factor * (1.01 if number % 2 else 1 / 1.01)
+        written = tmp_path / path.name
+        record.write(record.parse(json.dumps(good), "x"), written)
+        row = compare.control(written, record.read(written), "latency")
+        assert row is not None
+        assert (row.aa, row.verdict == "faster") == (True, alarms)
+        assert compare.sentence(row).endswith("trust no difference of this size beside it") is alarms
+
+
+def test_outputs_of_a_panel_s_arms_are_judged_once(finished: Path) -> None:
+    folder = finished / "sweeps/adaptive_grid"
+    a, b = (record.read(folder / f"run1_r12_t64_temp0.0_d10_adaptive{i}.json") for i in (0, 1))
+    ratio = next(ratio for ratio in b.comparisons if ratio.against == "fixed")
+    others = [ratio.model_copy(update={"outputs": "near tie: 1 of 72 differ"})] + [
+        other for other in b.comparisons if other.against != "fixed"
+    ]
+    b = b.model_copy(update={"comparisons": others, "started_at": a.started_at})
+    assert compare.judged(a, b) == "near tie: 1 of 72 differ"
+    assert compare.judged(a, b.model_copy(update={"panel": "another"})) is None
 
 
 def test_folders_pair_by_settings(finished: Path) -> None:
     folder = finished / "sweeps/oneoff_scenarios"
     rows = compare.compare_records(compare.find_pairs(folder, folder), "latency")
-    assert [row.ratio for row in rows] == [1.0] * 4
+    assert [row.ratio for row in rows if not row.aa] == [1.0] * 4
     with pytest.raises(ConfigError, match="share no finished run"):
         compare.find_pairs(folder, finished / "sweeps/early_exit_grid")
 
@@ -111,10 +143,11 @@ def test_lost_tokens_are_flagged_at_temperature_0(finished: Path) -> None:
 def test_command_speaks_to_people_and_tools(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(finished / "sweeps/adaptive_grid")
     assert main(["compare", folder]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("A/A ") for line in lines] == [False] * 8 + [True] * 2
     assert main(["compare", folder, "--json", "--metric", "throughput"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert all(row["ratio"] > 1 for row in rows)
+    assert all(row["ratio"] > 1 for row in rows if not row["aa"])
 
 
 def spec_blocks() -> list[str]:

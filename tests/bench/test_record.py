@@ -5,13 +5,12 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from nwor_vllm.bench import record
 from nwor_vllm.errors import CorruptFileError
@@ -116,6 +115,33 @@ def test_nan_cannot_be_written(path: Path) -> None:
     assert not path.with_name("never.json.partial").exists()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_of_a_record_can_be_nan(data: dict[str, Any], path: Path, tmp_path: Path, value: float) -> None:
+    """At the one writing place, wherever it sits: the models refuse it in fields, the writer in free-form parts."""
+
+    def spots(node: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for key, inner in node.items() if isinstance(node, dict) else list(enumerate(node))[:1]:
+            if isinstance(inner, dict | list):
+                yield from spots(inner, (*where, key))
+            elif isinstance(inner, int | float) and not isinstance(inner, bool):
+                yield (*where, key)
+
+    places = list(spots(data))
+    assert len(places) > 60
+    for *parents, last in places:
+        node: Any = data
+        for part in parents:
+            node = node[part]
+        kept, node[last] = node[last], value
+        with pytest.raises(ValueError):
+            record.write(record.Record.model_validate(data), tmp_path / "never.json")
+        node[last] = kept
+    free = record.read(path).model_copy(update={"provenance": {"deep": [{"x": value}]}})
+    with pytest.raises(ValueError, match="Out of range float"):
+        record.write(free, tmp_path / "never.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_reader_never_sees_half_a_record(path: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "x.json"
     record.write(record.read(path), target)
@@ -123,24 +149,6 @@ def test_a_reader_never_sees_half_a_record(path: Path, tmp_path: Path) -> None:
     record.write(record.read(path), target)
     assert target.stat().st_ino != before  # replaced whole, not rewritten in place
     assert os.listdir(target.parent) == ["x.json"]
-
-
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    place=st.integers(0, 10**9),
-    junk=st.one_of(st.binary(max_size=6), st.just(b"null"), st.just(b"NaN"), st.just(b"-1")),
-)
-def test_damaged_records_are_refused_or_still_valid(path: Path, tmp_path: Path, place: int, junk: bytes) -> None:
-    raw = path.read_bytes()
-    at = place % len(raw)
-    damaged = tmp_path / "d.json"
-    damaged.write_bytes(raw[:at] + junk + (raw[at + len(junk) :] if place % 3 else b""))
-    try:
-        found = record.read(damaged)
-    except CorruptFileError as error:
-        assert str(error)
-        return
-    json.loads(record.to_json(found), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_jq_is_the_version_the_scripts_are_written_for() -> None:

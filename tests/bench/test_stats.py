@@ -69,6 +69,11 @@ def test_swapping_the_arms_inverts_the_ratio(pairs: list[tuple[float, float]]) -
     assert one.ratio <= one.high * (1 + 1e-12)
 
 
+def test_extremes_stay_finite() -> None:
+    found = stats.paired_ratio([1e308, 5e-324], [5e-324, 1e308])
+    assert all(math.isfinite(x) and x > 0 for x in (found.ratio, found.low, found.high, found.mde) if x is not None)
+
+
 def test_one_pair_has_no_interval() -> None:
     result = stats.paired_ratio([2.0], [1.0])
     assert (result.ratio, result.low, result.p, result.mde) == (2.0, None, None, None)
