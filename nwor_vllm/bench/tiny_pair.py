@@ -42,7 +42,7 @@ class Shape:
         }
 
 
-def _weights(shape: Shape) -> dict[str, torch.Tensor]:
+def weights_of(shape: Shape) -> dict[str, torch.Tensor]:
     config = shape.config()
     h, ffn, vocab = shape.hidden, config["intermediate_size"], shape.vocab
     q, kv = config["num_attention_heads"] * 32, config["num_key_value_heads"] * 32
@@ -70,7 +70,7 @@ def build(folder: Path, shape: Shape | None = None, seed: int = 0) -> tuple[Path
     shape = shape or Shape()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        target = _weights(shape)
+        target = weights_of(shape)
         drafter = {name: value + torch.randn_like(value) * shape.noise for name, value in target.items()}
     for name, weights in (("target", target), ("draft", drafter)):
         (folder / name).mkdir(parents=True, exist_ok=True)
