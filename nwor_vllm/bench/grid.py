@@ -35,7 +35,8 @@ REFERENCES = ("best_fixed", "fixed", "repeat", "vanilla", "vanilla_engine")
 class Frozen(BaseModel):
     """Closed, immutable, and never NaN: the base of everything that reaches a file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # "constants": in free-form parts pydantic would write NaN as null, where the writer has to refuse it.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class Engine(Frozen):
