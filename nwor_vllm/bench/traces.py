@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ def to_bytes(confidence: NDArray[np.float64]) -> NDArray[np.uint8]:
 def from_bytes(code: NDArray[np.uint8]) -> NDArray[np.float64]:
     odds = code.astype(np.float64) * (2 * LOG_ODDS_LIMIT / 254) - LOG_ODDS_LIMIT
     return np.where(code == UNKNOWN, np.nan, 1.0 / (1.0 + np.exp(-odds)))
+
+
+def select(trace: Trace, requests: Sequence[int]) -> Trace:
+    """The chosen requests, in that order; without the steps, which belong to the whole."""
+    starts = trace.starts
+    rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in requests])
+    lengths = [int(starts[r + 1] - starts[r]) for r in requests]
+    return Trace(
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        accepted=trace.accepted[rows],
+        confidence=trace.confidence[rows],
+        categories=tuple(trace.categories[r] for r in requests),
+        about=trace.about,
+    )
 
 
 def join(traces: list[Trace]) -> Trace:

@@ -1,156 +1,181 @@
-"""What could have been had: O1 the best fixed length, O2 the best table by batch size, O3 clairvoyance. See
-docs/oracle.md.
+"""What could have been had: O1 the best fixed length, O2 the best table by batch size, O3 clairvoyance, and a bound
+that no schedule can pass. Proofs: docs/oracle.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nwor_vllm.bench.sim.curves import Curve
-from nwor_vllm.bench.sim.replay import Load, Outcome, Running, replay_fixed
+from nwor_vllm.bench.sim.load import Ints, Lanes, Load
+from nwor_vllm.bench.sim.replay import replay_tables
 from nwor_vllm.bench.traces import Trace
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+SHARES = (0.1, 0.25)  # of a draft step, that a round pays for each draft of its own; from .05 to .35 hardly matters
 
 
 def fixed_rates(load: Load, curve: Curve, lengths: Sequence[int]) -> dict[int, float]:
     """Tokens per second of every fixed draft length."""
-    return {k: replay_fixed(load, curve, k).rate for k in lengths}
+    found = replay_tables(load, curve, [{load.batch: k} for k in lengths])
+    return {k: out.rate for k, out in zip(lengths, found, strict=True)}
+
+
+def o2(load: Load, curve: Curve, lengths: Sequence[int], rates: Mapping[int, float]) -> float:
+    """The best table from batch size to draft length: coordinate ascent from the best fixed length."""
+    best_k = max(rates, key=lambda k: rates[k])
+    sizes = sorted(set(load.batches) or {load.batch})
+    table, best = dict.fromkeys(sizes, best_k), rates[best_k]
+    for size in sizes if len(sizes) > 1 else ():
+        trials = [table | {size: k} for k in lengths]
+        found = [out.rate for out in replay_tables(load, curve, trials)]
+        if max(found) > best:
+            best = max(found)
+            table = trials[found.index(best)]
+    return best
+
+
+def least_time(trace: Trace, price: Floats) -> Floats:
+    """[positions + 1]: the least time from each position to the end of its request, when a round of k drafts takes
+    price[k] whatever else goes on: the shortest path, as every round leads forward."""
+    lengths = np.diff(trace.starts)
+    longest, k_max = int(lengths.max()), len(price) - 1
+    # Requests side by side, their ends aligned: column j is j tokens from the end.
+    at = trace.starts[1:, None] - np.arange(longest + 1)
+    inside = np.arange(longest + 1) <= lengths[:, None]
+    at = np.where(inside, at, 0)
+    rest = np.full((len(lengths), longest + 1 + k_max), np.inf)  # columns shifted by k_max: past the end is infinite
+    rest[:, k_max] = 0.0
+    accepted = trace.accepted
+    back = np.arange(k_max + 1)
+    for j in range(1, longest + 1):
+        kept = accepted[np.minimum(at[:, j], len(accepted) - 1)]
+        options = rest[:, j - 1 + k_max - back] + price
+        rest[:, j + k_max] = np.where(back <= kept[:, None], options, np.inf).min(axis=1)
+    out = np.zeros(len(accepted) + 1)
+    rows, columns = np.nonzero(inside & (np.arange(longest + 1) > 0))
+    out[at[rows, columns]] = rest[rows, columns + k_max]
+    return out
+
+
+def prices(curve: Curve, n: int, k_max: int) -> Floats:
+    """A step of n requests that all draft and verify k, for k = 0 .. k_max."""
+    k = np.arange(k_max + 1)
+    return np.asarray(curve.seconds(n, n * (1 + k), k), float)
+
+
+def served(load: Load, least: Floats) -> float:
+    """Tokens per second of all requests of the load, when request r takes least[start of r]."""
+    order = np.array(load.order)
+    starts, ends = load.trace.starts[order], load.trace.starts[order + 1]
+    return float((ends - starts).sum() / least[starts].sum())
 
 
 def exact_single(load: Load, curve: Curve) -> float:
     """O3 at batch 1: the shortest path over output positions, where a round from p with k drafts leads to p + k + 1."""
-    trace, times = load.trace, curve.seconds(1, 1 + np.arange(load.trace.k_max + 1), np.arange(load.trace.k_max + 1))
-    price = [float(t) for t in times]
-    memo: dict[int, float] = {}
-    tokens, seconds, i = 0, 0.0, 0
-    while tokens < load.tokens:
-        request = load.order[i % len(load.order)]
-        if request not in memo:
-            memo[request] = _shortest(trace, request, price)
-        seconds += memo[request]
-        tokens += int(trace.starts[request + 1] - trace.starts[request])
-        i += 1
-    return tokens / seconds
+    return served(load, least_time(load.trace, prices(curve, 1, load.trace.k_max)))
 
 
-def _shortest(trace: Trace, request: int, price: Sequence[float]) -> float:
-    accepted = trace.accepted[trace.starts[request] : trace.starts[request + 1]].tolist()
-    end = len(accepted)
-    rest = [0.0] * (end + 1)
-    for p in range(end - 1, -1, -1):
-        rest[p] = min(price[k] + rest[p + k + 1] for k in range(min(accepted[p], end - p - 1) + 1))
-    return rest[0]
+def bound(load: Load, curve: Curve) -> float:
+    """A rate that no schedule can pass, clairvoyant or not.
 
-
-def rounds_left(trace: Trace, k: int) -> Ints:
-    """[positions + 1]: rounds a request still needs from each position when every round verifies k drafts."""
-    left = np.zeros(len(trace.accepted) + 1, np.int64)
-    for r in range(trace.requests):
-        start, end = int(trace.starts[r]), int(trace.starts[r + 1])
-        accepted = trace.accepted[start:end].tolist()
-        own = [0] * (end - start + k + 2)
-        for p in range(end - start - 1, -1, -1):
-            own[p] = 1 + own[p + min(accepted[p], k) + 1]
-        left[start:end] = own[: end - start]
-    return left
-
-
-def clairvoyant(load: Load, curve: Curve, base: int, rounds: int = 2) -> float:
-    """The best draft length and trim of every step, knowing what would be kept, valued by the rounds saved later on.
-
-    The value of a position is the number of rounds the fixed length `base` would still need from there: one exact
-    improvement step over that fixed length, so it cannot be worse than it where the cost adds up over requests.
+    A step that verifies V drafts runs at least V / n draft steps. Any line under its least time, as a function of V,
+    splits over requests: each round pays its n-th of the step and its own drafts. Every line is a bound; the best of
+    those along the lower hull is returned.
     """
-    left = rounds_left(load.trace, base).astype(float)
-    work_rate = load.batch / float(curve.seconds(load.batch, load.batch * (1 + base), base))
-    best = 0.0
-    for _ in range(rounds):
-        out, work = _walk(load, curve, left, work_rate)
-        best = max(best, out.rate)
-        if abs(work / out.seconds - work_rate) < 1e-3 * work_rate:
-            break
-        work_rate = work / out.seconds
+    n, k_max = load.batch, load.trace.k_max
+    drafts = np.arange(n * k_max + 1)
+    seconds = np.asarray(curve.seconds(n, n + drafts, -(-drafts // n)), float)
+    best = np.inf
+    k = np.arange(k_max + 1)
+    for a, b in pairwise(_lower_hull(drafts, seconds)):
+        slope = (seconds[b] - seconds[a]) / (b - a)
+        base = seconds[a] - slope * a
+        if base > 0:
+            best = min(best, served(load, least_time(load.trace, base / n + slope * k)))
     return best
 
 
-def _walk(load: Load, curve: Curve, left: Floats, work_rate: float) -> tuple[Outcome, float]:
-    run, out, work = Running(load), Outcome(), 0.0
-    k_max, depths = load.trace.k_max, np.arange(load.trace.k_max + 1)
-    while out.tokens < load.tokens:
-        n = len(run.ids)
-        kept = np.minimum(load.trace.accepted[run.position], run.end - run.position - 1)
-        reach = np.minimum(kept[:, None], depths)  # [n, depth]
-        landing = run.position[:, None] + reach + 1
-        after = np.where(landing < run.end[:, None], left[np.minimum(landing, len(left) - 1)], 0.0)
-        gain = left[run.position][:, None] - after
-        value, choice, seconds = _best_step(n, gain, reach, depths, curve, work_rate)
-        taken = reach[np.arange(n), choice]
-        out.tokens += n + int(taken.sum())
-        out.seconds += seconds
-        out.steps += 1
-        out.draft_steps += int(taken.max()) if k_max else 0
-        work += value
-        run.advance(taken + 1, load.size(out.tokens))
-    return out, work
+def _lower_hull(x: Ints, y: Floats) -> list[int]:
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
-def _best_step(n: int, gain: Floats, reach: Ints, depths: Ints, curve: Curve, rate: float) -> tuple[float, Ints, float]:
-    """Draft depth and per-request lengths that maximise work - rate * seconds; slots at a few prices, as trims go."""
-    slot = rate * curve.token
-    best: tuple[float, float, Ints, float] | None = None
-    for price in (0.0, 0.5 * slot, slot):
-        net = gain - price * reach
-        peak = np.maximum.accumulate(net, axis=1)
-        # the shallowest depth at which each row reaches its best so far
-        at = np.maximum.accumulate(np.where(net >= peak, np.where(net > np.roll(peak, 1, 1), depths, 0), 0), axis=1)
-        used = np.take_along_axis(reach, at, axis=1)
-        seconds = curve.seconds(n, n + used.sum(axis=0), depths)
-        value = np.take_along_axis(gain, at, axis=1).sum(axis=0)
-        d = int(np.argmax(value - rate * seconds))
-        score = float(value[d] - rate * seconds[d])
-        if best is None or score > best[0]:
-            best = (score, float(value[d]), at[:, d], float(seconds[d]))
-    assert best is not None
-    return best[1], best[2], best[3]
+def clairvoyant(load: Load, curve: Curve) -> float:
+    """The best schedule found that knows what would be kept: in every step the draft depth and each request's own
+    length that bring most, valued by the time saved later on. Several valuations walk side by side; the best counts.
+    """
+    n, k_max = load.batch, load.trace.k_max
+    flat = prices(curve, n, k_max)
+    k = np.arange(k_max + 1)
+    draft = float(curve.seconds(n, n, 1) - curve.seconds(n, n, 0))
+    verify = [float(curve.seconds(n, n * (1 + x), 0) - curve.seconds(n, n, 0)) / (n * x) for x in (1, k_max)]
+    base = float(curve.seconds(n, n, 0)) / n
+    valuations, slots = [], []
+    for slot in sorted(set(verify)):
+        for share in SHARES:
+            valuations.append(least_time(load.trace, base + (slot + share * draft) * k))
+            slots.append(slot)
+    valuations.append(least_time(load.trace, flat / n))
+    slots.append(verify[1])
+    worth, rate = np.ones(len(slots)), 0.0
+    for _ in range(2):
+        reached, worth = _walk(load, curve, np.array(valuations), np.array(slots), worth)
+        rate = max(rate, float(reached.max()))
+    return rate
 
 
-def o3(load: Load, curve: Curve, rates: dict[int, float]) -> float:
-    """The clairvoyant rate: exact at batch 1, else the best improvement over the best fixed lengths (and no less)."""
+def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats) -> tuple[Floats, Floats]:
+    """Rates reached, and work done per second, by valuation: each step maximises work - worth * seconds."""
+    trace, lanes, n = load.trace, Lanes(load), load.batch
+    depths = np.arange(trace.k_max + 1)
+    end = np.repeat(trace.starts[1:], np.diff(trace.starts))
+    here = np.arange(len(end))
+    reach = np.minimum(np.minimum(trace.accepted, end - here - 1)[:, None], depths)
+    landing = here[:, None] + reach + 1
+    later = np.where(landing < end[:, None], left[:, np.minimum(landing, len(end))], 0.0)
+    gain = (left[:, :-1, None] - later).astype(np.float32)
+    net = gain - (worth * slots)[:, None, None].astype(np.float32) * reach
+    # For each depth allowed, the length that brings most: its first occurrence among the running maxima.
+    peak = np.maximum.accumulate(net, axis=2)
+    fresh = np.concatenate([np.ones_like(peak[:, :, :1], bool), peak[:, :, 1:] > peak[:, :, :-1]], axis=2)
+    choice = np.maximum.accumulate(np.where(fresh, depths, 0), axis=2)
+    used = np.take_along_axis(np.broadcast_to(reach, net.shape), choice, axis=2).astype(np.int16)
+    gain = np.take_along_axis(gain, choice, axis=2)
+    count, every = len(left), np.arange(len(left))
+    at = np.tile(lanes.first, (count, 1))
+    tokens, seconds, work = np.zeros((3, count))
+    while len(every):
+        position = lanes.position[at[every]]
+        verified, value = used[every[:, None], position], gain[every[:, None], position]
+        total = verified.sum(axis=1, dtype=np.int64)
+        time = np.asarray(curve.seconds(n, n + total, depths), float)
+        value = value.sum(axis=1)
+        best = np.argmax(value - worth[every, None] * time, axis=1)
+        rows = np.arange(len(every))
+        taken = verified[rows, :, best].astype(np.int64) + 1
+        tokens[every] += taken.sum(axis=1)
+        seconds[every] += time[rows, best]
+        work[every] += value[rows, best]
+        moved = at[every] + taken
+        at[every] = np.where(moved >= lanes.last, lanes.first, moved)
+        every = every[tokens[every] < load.tokens]
+    return tokens / seconds, work / seconds
+
+
+def o3(load: Load, curve: Curve, rates: Mapping[int, float]) -> float:
+    """The clairvoyant rate: exact at batch 1, else the best schedule found, and no less than O1."""
     if load.batch == 1 and not load.batches:
-        return exact_single(load, curve)
-    first = sorted(rates, key=lambda k: -rates[k])[:2]
-    return max(max(rates.values()), *(clairvoyant(load, curve, k) for k in first))
-
-
-def o2(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
-    """The best table from batch size to draft length: coordinate ascent from the best fixed length."""
-    sizes = sorted(set(load.batches) or {load.batch})
-    rates = fixed_rates(load, curve, lengths)
-    best_k = max(rates, key=lambda k: rates[k])
-    table, best = dict.fromkeys(sizes, best_k), rates[best_k]
-    for size in sizes if len(sizes) > 1 else ():
-        for k in lengths:
-            trial = table | {size: k}
-            rate = _table_rate(load, curve, trial)
-            if rate > best:
-                table, best = trial, rate
-    return best
-
-
-def _table_rate(load: Load, curve: Curve, table: dict[int, int]) -> float:
-    run, out = Running(load), Outcome()
-    sizes = np.array(sorted(table))
-    while out.tokens < load.tokens:
-        n = len(run.ids)
-        k = table[int(sizes[np.argmin(np.abs(sizes - n))])]
-        kept = np.minimum(k, run.end - run.position - 1)
-        gain = np.minimum(load.trace.accepted[run.position], kept) + 1
-        out.tokens += int(gain.sum())
-        out.seconds += float(curve.seconds(n, n + int(kept.sum()), k if kept.max() > 0 else 0))
-        run.advance(gain, load.size(out.tokens))
-    return out.rate
+        return max(exact_single(load, curve), *rates.values())
+    return max(clairvoyant(load, curve), *rates.values())

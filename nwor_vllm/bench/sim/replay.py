@@ -1,33 +1,23 @@
-"""The replay loop: a policy serves the requests of a trace under a cost curve, as an engine would run its rounds."""
+"""The replay loop: a policy serves a load under a cost curve, as an engine would run its rounds."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nwor_vllm.bench.sim.curves import Curve
-from nwor_vllm.bench.traces import Trace
-from nwor_vllm.policy import Policy, Round, Step, StopRule
+from nwor_vllm.bench.sim.load import Ints, Lanes, Load
+from nwor_vllm.policy import Plan, Policy, Round, Step
 from nwor_vllm.policy.stop import evaluate
+from nwor_vllm.policy.stopping import Stopping
 
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests in the order they are served, `batch` at a time, each replaced when it ends, until `tokens` are out."""
-
-    trace: Trace
-    order: tuple[int, ...]  # request numbers, cycled
-    batch: int
-    tokens: int
-    batches: tuple[int, ...] = ()  # bursts: the batch size changes to the next of these every `period` steps' worth
-    period: int = 0  # tokens between changes
-
-    def size(self, emitted: int) -> int:
-        return self.batches[(emitted // self.period) % len(self.batches)] if self.batches else self.batch
+FEW = 6  # rows up to which plain Python judges drafts faster than numpy
+HICCUP, HICCUP_TIMES = 0.002, 8.0
 
 
 @dataclass
@@ -47,115 +37,158 @@ class Outcome:
 
 
 class Running:
-    """Positions of the running requests; finished ones make room for the next of the order."""
+    """Where every client is, and the name of its request."""
 
-    def __init__(self, load: Load) -> None:
-        self.load, self.next = load, 0
-        self.position: Ints = np.zeros(0, np.int64)
-        self.end: Ints = np.zeros(0, np.int64)
+    def __init__(self, load: Load, lanes: Lanes) -> None:
+        self.load, self.lanes = load, lanes
+        self.at: Ints = lanes.first.copy()
+        self.made = 0
         self.ids: list[str] = []
-        self.fill(load.size(0))
+        self.active: Ints = np.arange(0)
+        self.open(load.size(0))
 
-    def fill(self, size: int) -> None:
-        missing = size - len(self.ids)
-        if missing <= 0:
-            return
-        order, starts = self.load.order, self.load.trace.starts
-        chosen = [order[(self.next + i) % len(order)] for i in range(missing)]
-        self.ids += [f"{self.next + i}" for i in range(missing)]
-        self.next += missing
-        self.position = np.concatenate([self.position, starts[chosen]])
-        self.end = np.concatenate([self.end, starts[np.array(chosen) + 1]])
+    def open(self, size: int) -> None:
+        """Clients up to `size` take part; one beyond it leaves when its request ends."""
+        fresh = np.setdiff1d(np.arange(size), self.active)
+        self.active = np.concatenate([self.active, fresh])
+        self.ids += [self._name() for _ in fresh]
 
-    def advance(self, tokens: Ints, size: int) -> list[str]:
-        """Move on; return the ids that finished. A shrinking batch only stops refilling."""
-        self.position += tokens
-        over = self.position >= self.end
-        if not over.any():
-            self.fill(size)
-            return []
-        finished = [self.ids[i] for i in np.flatnonzero(over)]
-        stay = np.flatnonzero(~over)
-        self.position, self.end = self.position[stay], self.end[stay]
-        self.ids = [self.ids[i] for i in stay]
-        self.fill(size)
-        return finished
+    def _name(self) -> str:
+        self.made += 1
+        return str(self.made)
+
+    def advance(self, tokens: Ints, emitted: int) -> list[str]:
+        """Move on; return the names that ended."""
+        at = self.at[self.active]
+        over = np.flatnonzero(tokens > self.lanes.room[at])
+        self.at[self.active] = at + tokens
+        size = self.load.size(emitted)
+        ended = []
+        if len(over):
+            clients = self.active[over]
+            self.at[clients] = np.where(
+                self.at[clients] >= self.lanes.last[clients], self.lanes.first[clients], self.at[clients]
+            )
+            ended = [self.ids[i] for i in over]
+            for i in over:
+                self.ids[i] = self._name()
+            leaves = over[clients >= size]
+            if len(leaves):
+                stay = np.setdiff1d(np.arange(len(self.active)), leaves)
+                self.active, self.ids = self.active[stay], [self.ids[i] for i in stay]
+        if size > len(self.active):
+            self.open(size)
+        return ended
 
 
 def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float = 0.03) -> Outcome:
     """`noise` is on what the policy sees (log-normal, with rare hiccups); the outcome is timed by the curve itself."""
     rng = np.random.default_rng(seed)
-    run, out, k_max = Running(load), Outcome(), load.trace.k_max
-    accepts, confidences = load.trace.accepted, load.trace.confidence
+    lanes = Lanes(load)
+    run, out, k_max = Running(load, lanes), Outcome(), load.trace.k_max
+    confidences = load.trace.confidence
+    price = functools.lru_cache(maxsize=1 << 16)(lambda *step: float(curve.seconds(*step)))
+    blur = _noise(rng, noise)
     while out.tokens < load.tokens:
-        n = len(run.ids)
+        at = run.at[run.active]
+        n = len(at)
         plan = policy.plan(run.ids)
         k = min(plan.k, k_max)
-        room = np.minimum(run.end - run.position - 1, k)
-        caps = room
-        if plan.caps:
-            caps = np.minimum(room, [plan.caps.get(r, k) for r in run.ids])
-        steps, kept, drafted = _draft(plan.stop, plan.bias, run, k, caps, confidences)
-        accepted = np.minimum(accepts[run.position], kept)
+        watched = k > 0 and (plan.watch or (plan.stop is not None and plan.stop.active))
+        shown = confidences[lanes.position[at], :k] if watched else None
+        steps, kept, drafted = _draft(plan, k, run.ids, shown)
+        accepted = np.minimum(lanes.kept[at], kept)
         verified = n + int(kept.sum())
-        seconds = float(curve.seconds(n, verified, steps))
-        rounds = _rounds(run, drafted, kept, accepted, confidences)
-        out.tokens += n + int(accepted.sum())
+        seconds = price(n, verified, steps, steps if watched else 0)
+        kept_tokens = int(accepted.sum())
+        out.tokens += n + kept_tokens
         out.seconds += seconds
         out.steps += 1
         out.rounds += n
         out.draft_steps += steps
         out.verified += verified - n
-        out.accepted += int(accepted.sum())
+        out.accepted += kept_tokens
         out.lengths[k] = out.lengths.get(k, 0) + 1
-        shown = seconds * np.exp(noise * rng.normal()) * (8.0 if rng.random() < 0.002 else 1.0) if noise else seconds
-        policy.observe(Step(rounds, plan.k, steps, float(shown), n, verified))
-        for request in run.advance(accepted + 1, load.size(out.tokens)):
+        room = lanes.room[at]  # what lies beyond a text is neither kept nor rejected
+        rounds = _rounds(run.ids, np.minimum(drafted, room), np.minimum(kept, room), accepted, shown)
+        policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified))
+        for request in run.advance(accepted + 1, out.tokens):
             policy.forget(request)
     return out
 
 
-def _draft(
-    stop: StopRule | None,
-    bias: object,
-    run: Running,
-    k: int,
-    caps: Ints,
-    confidences: NDArray[np.float64],
-) -> tuple[int, Ints, Ints]:
+def _noise(rng: np.random.Generator, noise: float) -> Any:
+    while True:
+        factors = np.exp(noise * rng.normal(size=1024))
+        factors[rng.random(1024) < HICCUP] *= HICCUP_TIMES if noise else 1.0
+        yield from factors.tolist()
+
+
+def _draft(plan: Plan, k: int, ids: Sequence[str], shown: NDArray[np.float64] | None) -> tuple[int, Ints, Ints]:
     """Draft steps run; per row the slots verified, and the slots drafted."""
-    n = len(caps)
-    if k == 0 or not n or caps.max() <= 0:
+    n = len(ids)
+    caps = np.array([min(plan.caps.get(r, k), k) for r in ids]) if plan.caps else np.full(n, k)
+    if k == 0 or caps.max() <= 0:
         return 0, np.zeros(n, np.int64), np.zeros(n, np.int64)
-    if stop is None or not stop.active:
-        steps = k
-        return steps, caps, np.full(n, steps)
-    shift = np.array([bias.get(r, 0.0) for r in run.ids]) if isinstance(bias, dict) and bias else np.zeros(n)
-    steps, kept = evaluate(stop, k, caps, shift, confidences[run.position, :k])
+    stop = plan.stop
+    if stop is None or not stop.active or shown is None:
+        steps = int(caps.max())
+        return steps, caps, caps
+    bias = plan.bias if isinstance(plan.bias, Mapping) else {}
+    if n <= FEW:
+        round_ = Stopping(stop, k, caps.tolist(), [bias.get(r, 0.0) for r in ids])
+        rows = shown.tolist()
+        while round_.going:
+            position = round_.drafted
+            round_.take([rows[r][position] for r in round_.going])
+        steps, kept = round_.drafted, np.array(round_.kept)
+        return steps, kept, np.array([len(row) for row in round_.seen])
+    shift = np.array([bias.get(r, 0.0) for r in ids]) if bias else np.zeros(n)
+    steps, kept = evaluate(stop, k, caps, shift, shown)
     return steps, kept, np.minimum(np.where(kept < caps, kept + 1, kept), steps)
 
 
-def _rounds(run: Running, drafted: Ints, kept: Ints, accepted: Ints, confidences: NDArray[np.float64]) -> list[Round]:
-    most = int(drafted.max()) if len(drafted) else 0
-    shown = confidences[run.position, :most].tolist()
+def _rounds(
+    ids: Sequence[str], drafted: Ints, kept: Ints, accepted: Ints, shown: NDArray[np.float64] | None
+) -> list[Round]:
+    columns = zip(ids, drafted.tolist(), kept.tolist(), accepted.tolist(), strict=True)
+    if shown is None:
+        return [Round(name, d, v, a) for name, d, v, a in columns]
+    rows = shown[:, : int(drafted.max(initial=0))].tolist()
+    return [Round(name, d, v, a, tuple(c[:d])) for (name, d, v, a), c in zip(columns, rows, strict=True)]
+
+
+def replay_tables(load: Load, curve: Curve, tables: Sequence[Mapping[int, int]]) -> list[Outcome]:
+    """Draft lengths by batch size (the nearest one named), without confidence: every table at once, side by side."""
+    lanes = Lanes(load)
+    count, n = len(tables), load.clients
+    sizes = np.array(sorted(tables[0]))
+    table = np.array([[t[int(s)] for s in sizes] for t in tables])
+    at = np.tile(lanes.first, (count, 1))
+    active = np.tile(np.arange(n) < load.size(0), (count, 1))
+    tokens, steps, rounds = np.zeros((3, count), np.int64)
+    seconds = np.zeros(count)
+    every = np.arange(count)
+    while len(every):
+        here, on = at[every], active[every]
+        running = on.sum(axis=1)
+        k = table[every, np.abs(running[:, None] - sizes).argmin(axis=1)]
+        gain = (np.minimum(lanes.kept[here], k[:, None]) + 1) * on
+        seconds[every] += curve.seconds(running, running * (1 + k), k)
+        tokens[every] += gain.sum(axis=1)
+        steps[every] += 1
+        rounds[every] += running
+        over = gain > lanes.room[here]
+        here = here + gain
+        at[every] = np.where(here >= lanes.last, lanes.first, here)
+        if load.batches:
+            target = np.array([load.size(int(x)) for x in tokens[every]])[:, None]
+            active[every] = (on & ~(over & (np.arange(n) >= target))) | (np.arange(n) < target)
+        every = every[tokens[every] < load.tokens]
     return [
-        Round(name, d, v, a, tuple(c[:d]))
-        for name, d, v, a, c in zip(run.ids, drafted.tolist(), kept.tolist(), accepted.tolist(), shown, strict=True)
+        Outcome(int(t), float(s), int(x), int(r)) for t, s, x, r in zip(tokens, seconds, steps, rounds, strict=True)
     ]
 
 
 def replay_fixed(load: Load, curve: Curve, k: int) -> Outcome:
-    """A constant draft length, without the bookkeeping of a policy."""
-    run, out, accepts = Running(load), Outcome(), load.trace.accepted
-    while out.tokens < load.tokens:
-        n = len(run.ids)
-        kept = np.minimum(k, run.end - run.position - 1)
-        gain = np.minimum(accepts[run.position], kept) + 1
-        steps = k if kept.max() > 0 else 0
-        out.tokens += int(gain.sum())
-        out.seconds += float(curve.seconds(n, n + int(kept.sum()), steps))
-        out.steps += 1
-        out.rounds += n
-        run.advance(gain, load.size(out.tokens))
-    out.lengths = {k: out.steps}
-    return out
+    return replay_tables(load, curve, [{load.batch: k}])[0]

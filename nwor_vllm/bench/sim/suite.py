@@ -1,9 +1,9 @@
-"""The headline suite: stationary domains, mixed requests, regime switches, bursts, worthless drafts; five seeds."""
+"""The headline suite: every workload under every cost, a policy against its oracles, several seeds, all cores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,124 +12,103 @@ import numpy as np
 
 from nwor_vllm.bench.sim import oracle
 from nwor_vllm.bench.sim.curves import Curve
-from nwor_vllm.bench.sim.replay import Load, replay
-from nwor_vllm.bench.sim.synthetic import DOMAINS, WORTHLESS, generate
-from nwor_vllm.bench.traces import Trace, join
+from nwor_vllm.bench.sim.replay import replay
+from nwor_vllm.bench.sim.workloads import Pool, Workload, load_of
+from nwor_vllm.config import from_mapping
 from nwor_vllm.policy import POLICIES, make_policy
 
 LENGTHS = (0, 1, 2, 3, 5, 8, 10, 15)
 BATCHES = (1, 8, 32, 128)
 SEEDS = 5
-REQUEST_TOKENS = 100
+STEPS = {1: 1600, 8: 500, 32: 300, 128: 160}  # of a batch, at 2.5 tokens a request
+AIM = 1.10  # over O1 on mixed and switching traffic
 
 
 @dataclass(frozen=True)
-class Cell:
-    workload: str  # stationary, mixed, switch, burst, adversarial, worthless
-    name: str
-    batch: int
+class Task:
+    work: Workload
+    seed: int
     curve: Curve
     policy: str
     params: dict[str, Any]
-    lengths: tuple[int, ...] = LENGTHS
-    steps: int = 400  # of the batch, roughly: tokens = steps x batch x 2.5, at least four times that at batch 1
 
 
-def cells(curve: Curve, policy: str, params: dict[str, Any], batches: Sequence[int] = BATCHES) -> list[Cell]:
-    out = []
-    for batch in batches:
-        out += [Cell("stationary", d.name, batch, curve, policy, params) for d in DOMAINS]
-        out += [Cell(w, w, batch, curve, policy, params) for w in ("mixed", "switch", "adversarial", "worthless")]
-    return [*out, Cell("burst", "burst", 8, curve, policy, params)]
+def tokens_of(batch: int) -> int:
+    steps = STEPS.get(batch) or STEPS[min(STEPS, key=lambda b: abs(b - batch))]
+    return int(2.5 * steps * batch)
 
 
-def load_of(cell: Cell, seed: int, recorded: dict[str, Trace] | None = None) -> Load:
-    tokens = max(int(cell.steps * cell.batch * 2.5), 4000)
-    count = tokens // REQUEST_TOKENS + cell.batch + 8
-    rng = np.random.default_rng([seed, cell.batch])
-
-    def trace(name: str, share: float = 1.0) -> Trace:
-        if recorded and name in recorded:
-            return recorded[name]
-        domain = next(d for d in (*DOMAINS, WORTHLESS) if d.name == name)
-        return generate(domain, max(8, int(count * share)), REQUEST_TOKENS, max(cell.lengths), seed)
-
-    if cell.workload in ("stationary", "worthless"):
-        whole = trace(cell.name)
-        return Load(whole, tuple(rng.permutation(whole.requests).tolist()), cell.batch, tokens)
-    if cell.workload in ("mixed", "burst"):
-        whole = join([trace(d.name, 1 / len(DOMAINS)) for d in DOMAINS])
-        order = tuple(rng.permutation(whole.requests).tolist())
-        if cell.workload == "mixed":
-            return Load(whole, order, cell.batch, tokens)
-        return Load(whole, order, cell.batch, 4 * tokens, batches=(1, 8, 32, 8), period=tokens // 2)
-    easy, hard = trace("code", 0.6), trace("translation" if cell.workload == "switch" else "worthless", 0.6)
-    whole = join([easy, hard])
-    first, second = list(range(easy.requests)), list(range(easy.requests, whole.requests))
-    half = tokens // (2 * REQUEST_TOKENS)
-    if cell.workload == "switch":
-        a = [first[i % len(first)] for i in range(half)]
-        return Load(whole, (*a, *(second[i % len(second)] for i in range(half + cell.batch))), cell.batch, tokens)
-    # Adversarial: good and worthless drafts take turns, just long enough for a slow learner to be wrong each time.
-    turn = max(cell.batch, 4)
-    turns = [
-        (first, second)[(i // turn) % 2][i % len((first, second)[(i // turn) % 2])]
-        for i in range(2 * half + cell.batch)
-    ]
-    return Load(whole, tuple(turns), cell.batch, tokens)
+_pool: dict[str, Pool] = {}  # of a worker process
 
 
-def measure(cell: Cell, seed: int, recorded: dict[str, Trace] | None = None) -> dict[str, float]:
-    load = load_of(cell, seed, recorded)
-    rates = oracle.fixed_rates(load, cell.curve, cell.lengths)
-    kind = POLICIES[cell.policy]
-    got = replay(make_policy(cell.policy, kind.params(**cell.params), cell.lengths), load, cell.curve, seed)
-    o1 = max(rates.values())
+def _start(pool: Pool) -> None:
+    _pool["pool"] = pool
+
+
+def run(todo: Sequence[Task], pool: Pool, jobs: int) -> list[dict[str, Any]]:
+    """One row per workload: ratios as geometric means over the seeds, and the worst seed's."""
+    ordered = sorted(todo, key=lambda t: -tokens_of(t.work.batch))  # the long ones first
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, initializer=_start, initargs=(pool,)) as workers:
+            measured = list(workers.map(_measure, ordered, chunksize=4))
+    else:
+        _start(pool)
+        measured = [_measure(task) for task in ordered]
+    rows: dict[Workload, list[dict[str, float]]] = {task.work: [] for task in todo}
+    for task, found in zip(ordered, measured, strict=True):
+        rows[task.work].append(found)
+    return [_row(work, found) for work, found in rows.items()]
+
+
+def _measure(task: Task) -> dict[str, float]:
+    return measure(task, _pool["pool"])
+
+
+def measure(task: Task, pool: Pool) -> dict[str, float]:
+    load = load_of(task.work, task.seed, tokens_of(task.work.batch), pool)
+    lengths = tuple(k for k in LENGTHS if k <= load.trace.k_max)
+    rates = oracle.fixed_rates(load, task.curve, lengths)
+    params = from_mapping(POLICIES[task.policy].params, task.params, "policy_params")
+    got = replay(make_policy(task.policy, params, lengths), load, task.curve, task.seed)
     row = {
         "rate": got.rate,
         "none": rates[0],
-        "o1": o1,
+        "o1": max(rates.values()),
         "o1_k": float(max(rates, key=lambda k: rates[k])),
-        "o3": max(oracle.o3(load, cell.curve, rates), got.rate),
         "rounds": float(got.rounds),
         "draft_steps_per_step": got.draft_steps / got.steps,
         "verified_per_round": got.verified / got.rounds,
         "accepted_per_round": got.accepted / got.rounds,
     }
-    return row | ({"o2": oracle.o2(load, cell.curve, cell.lengths)} if load.batches else {})
+    if load.batches:
+        return row | {"o2": oracle.o2(load, task.curve, lengths, rates)}
+    clairvoyant = max(oracle.o3(load, task.curve, rates), got.rate)
+    exact = load.batch == 1
+    return row | {
+        "o2": row["o1"],  # one batch size: a table is one length
+        "o3": clairvoyant,
+        "bound": clairvoyant if exact else max(oracle.bound(load, task.curve), clairvoyant),
+    }
 
 
-def run(
-    todo: Sequence[Cell], seeds: Iterable[int], jobs: int, recorded: dict[str, Trace] | None = None
-) -> list[dict[str, Any]]:
-    """One row per cell: ratios as geometric means over the seeds, and the worst seed's."""
-    work = [(cell, seed, recorded) for cell in todo for seed in seeds]
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
-            measured = list(pool.map(_measure, work, chunksize=4))
-    else:
-        measured = [_measure(item) for item in work]
-    rows = []
-    for cell in todo:
-        mine = [m for (c, _, _), m in zip(work, measured, strict=True) if c is cell]
-        rows.append(_row(cell, mine))
-    return rows
+RATIOS = (
+    ("over_none", "rate", "none"), ("over_o1", "rate", "o1"), ("over_o2", "rate", "o2"), ("over_o3", "rate", "o3"),
+    ("over_bound", "rate", "bound"), ("o1_over_none", "o1", "none"), ("o2_over_o1", "o2", "o1"),
+    ("o3_over_o1", "o3", "o1"), ("o3_over_none", "o3", "none"), ("bound_over_o1", "bound", "o1"),
+)  # fmt: skip
 
 
-def _measure(item: tuple[Cell, int, dict[str, Trace] | None]) -> dict[str, float]:
-    return measure(*item)
-
-
-def _row(cell: Cell, mine: list[dict[str, float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"workload": cell.workload, "name": cell.name, "batch": cell.batch, "policy": cell.policy}
-    for label, over in (("over_none", "none"), ("over_o1", "o1"), ("over_o2", "o2"), ("over_o3", "o3")):
-        if over in mine[0]:
-            ratios = [m["rate"] / m[over] for m in mine]
-            row[label], row[f"{label}_min"] = geomean(ratios), min(ratios)
-    row["o1_over_o3"] = geomean([m["o1"] / m["o3"] for m in mine])
-    row["o1_k"] = sorted({int(m["o1_k"]) for m in mine})
+def _row(work: Workload, found: list[dict[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"workload": work.kind, "name": work.name, "batch": work.batch}
+    for label, over, under in RATIOS:
+        if over in found[0] and under in found[0]:
+            ratios = [m[over] / m[under] for m in found]
+            row[label] = geomean(ratios)
+            if over == "rate":
+                row[f"{label}_min"] = min(ratios)
+    row["o1_k"] = sorted({int(m["o1_k"]) for m in found})
     for name in ("rounds", "draft_steps_per_step", "verified_per_round", "accepted_per_round"):
-        row[name] = float(np.mean([m[name] for m in mine]))
+        row[name] = float(np.mean([m[name] for m in found]))
     return row
 
 
@@ -137,19 +116,33 @@ def geomean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(math.log(v) for v in values) / len(values))
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The headline's figures; `ceiling` ones are what the oracle itself reaches of the same goal."""
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The headline's figures, and what the oracles themselves reach of the same goals."""
     stationary = [r for r in rows if r["workload"] == "stationary"]
     moving = [r for r in rows if r["workload"] in ("mixed", "switch") and r["batch"] in (1, 8)]
-    worthless = [r for r in rows if r["workload"] == "worthless"]
+    worthless = [r for r in rows if r["workload"] in ("worthless", "misleading")]
+
+    def over(some: Sequence[dict[str, Any]], name: str, how: Any) -> float | None:
+        return how([r[name] for r in some]) if some else None
+
     return {
-        "geomean_o3": geomean([r["over_o3"] for r in stationary]) if stationary else None,
-        "worst_o3": min((r["over_o3"] for r in stationary), default=None),
-        "worst_o1_stationary": min((r["over_o1"] for r in stationary), default=None),
-        "geomean_o1_stationary": geomean([r["over_o1"] for r in stationary]) if stationary else None,
-        "mixed_over_o1": min((r["over_o1"] for r in moving), default=None),
-        "mixed_over_o1_geomean": geomean([r["over_o1"] for r in moving]) if moving else None,
-        "mixed_over_o1_ceiling": min((1 / r["o1_over_o3"] for r in moving), default=None),
-        "geomean_o1_over_o3": geomean([r["o1_over_o3"] for r in stationary]) if stationary else None,
-        "worst_over_no_spec": min((r["over_none"] for r in worthless), default=None),
+        "geomean_o3": over(stationary, "over_o3", geomean),
+        "worst_o3": over(stationary, "over_o3", min),
+        "geomean_bound": over(stationary, "over_bound", geomean),
+        "worst_o1_stationary": over(stationary, "over_o1", min),
+        "geomean_o1_stationary": over(stationary, "over_o1", geomean),
+        "mixed_over_o1": over(moving, "over_o1", min),
+        "geomean_mixed_over_o1": over(moving, "over_o1", geomean),
+        "worst_over_no_spec": over(worthless, "over_none", min),
+        "oracles": {
+            "o1_over_none_stationary": over(stationary, "o1_over_none", geomean),
+            "o3_over_none_stationary": over(stationary, "o3_over_none", geomean),
+            "o3_over_o1_stationary": over(stationary, "o3_over_o1", geomean),
+            "o1_share_of_o3": over([{"x": 1 / r["o3_over_o1"]} for r in stationary], "x", geomean),
+            "o2_over_o1_burst": over([r for r in rows if r["workload"] == "burst"], "o2_over_o1", min),
+            "o3_over_o1_moving": {f"{r['name']} {r['batch']}": r["o3_over_o1"] for r in moving},
+            "bound_over_o1_moving": {f"{r['name']} {r['batch']}": r["bound_over_o1"] for r in moving},
+            "aim_out_of_reach": [f"{r['name']} {r['batch']}" for r in moving if r["bound_over_o1"] < AIM],
+            "aim_beyond_o3": [f"{r['name']} {r['batch']}" for r in moving if r["o3_over_o1"] < AIM],
+        },
     }
