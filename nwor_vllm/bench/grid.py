@@ -24,7 +24,7 @@ PROFILES = ("embedded", "quick", "full")
 MAX_CELLS = 10_000
 GRID_KEYS = frozenset({"name", "file", "out", "common", "axes", "runs", "profiles"})
 
-Method = Literal["none", "ngram", "eagle", "eagle3", "draft_model"]
+Method = Literal["none", "ngram", "eagle", "eagle3", "draft_model", "dflash"]
 Workload = Literal[
     "mixed", "code", "chat", "summary", "retrieval", "translation", "arithmetic", "creative", "json", "random"
 ]
@@ -62,6 +62,11 @@ class Engine(Frozen):
                 f"ladder is {steps}; expected ascending lengths from 0 to draft_length {self.draft_length}"
             )
         return self
+
+    @property
+    def elastic(self) -> bool:
+        """Whether draft lengths can change in it. A block drafter drafts every position in one pass."""
+        return self.method not in ("none", "dflash") and self.draft_length > 0
 
     def without_drafter(self) -> Engine:
         return self.model_copy(update={"method": "none", "drafter": "", "draft_length": 0, "ladder": ()})

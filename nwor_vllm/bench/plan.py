@@ -23,7 +23,7 @@ PUBLISHED = {
     "tensor_parallel_size": 2,
     "method": "eagle",
 }
-METHODS = ("none", "ngram", "eagle", "eagle3", "draft_model")
+METHODS = ("none", "ngram", "eagle", "eagle3", "draft_model", "dflash")
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ def require_models(cells: tuple[Cell, ...]) -> None:
     """Find what is missing before an engine starts."""
     for engine in {cell.engine for cell in cells}:
         model_path(engine.target)
-        if engine.method in ("eagle", "eagle3", "draft_model"):
+        if engine.method not in ("none", "ngram"):
             if not engine.drafter:
                 raise ConfigError(f"method {engine.method} needs a drafter; set DRAFT_MODEL or --drafter")
             model_path(engine.drafter)

@@ -55,7 +55,8 @@ def load(
         )  # fmt: skip
         cell = Cell(
             engine=engine, requests=len(rows), draft_length=draft_length, batches=1, warmup_batches=1,
-            dataset=str(benchmark), references=("vanilla",), grid="study", id=output.name, file=f"{output.name}.json",
+            dataset=str(benchmark), references=("vanilla",) if engine.elastic else (),
+            grid="study", id=output.name, file=f"{output.name}.json",
             **{"max_tokens": 512, "temperature": 0.0, **parts["generation"]},
         )  # fmt: skip
     except ValidationError as error:

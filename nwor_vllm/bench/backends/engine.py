@@ -41,11 +41,10 @@ def arguments(engine: Engine) -> dict[str, Any]:
         speculative["prompt_lookup_max"] = 4
     else:
         speculative["model"] = provenance.model_path(engine.drafter)
-    nwor = {"policy": "fixed", "ladder": list(engine.ladder)}
-    return given | {
-        "speculative_config": speculative, "additional_config": {"nwor": nwor},
-        "per_request_spec_decode_metrics": "detailed",
-    }  # fmt: skip
+    given |= {"speculative_config": speculative, "per_request_spec_decode_metrics": "detailed"}
+    if not engine.elastic:
+        return given
+    return given | {"additional_config": {"nwor": {"policy": "fixed", "ladder": list(engine.ladder)}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ class VllmDriver:
         self.inputs: Any = importlib.import_module("vllm.inputs")
         self.served = 0
         self.tokenizer: Any = self.llm.get_tokenizer()
-        self.speculates = engine.method != "none" and engine.draft_length > 0
+        self.speculates = engine.elastic
         self.learnt: dict[str, Any] = {}  # an arm's policy goes on where it stopped, not from nothing
         self.current: str | None = None
 
