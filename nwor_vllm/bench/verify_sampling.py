@@ -1,4 +1,4 @@
-"""The temperature-1 half of `nwor verify`: a random pair of eight tokens, whose distribution can be enumerated."""
+"""The sampled half of `nwor verify`: a random pair of eight tokens, whose distribution can be enumerated."""
 
 from __future__ import annotations
 
@@ -10,47 +10,76 @@ from typing import Any
 
 from nwor_vllm.bench import distribution, tiny_pair
 from nwor_vllm.bench.backends import vllm as backend
-from nwor_vllm.bench.verify import MIN_CONTROL_Z, Verdict
+from nwor_vllm.bench.verify_journal import Check, Journal
 
 VOCAB, LENGTH, BATCH = 8, 4, 250
 SHAPE = tiny_pair.Shape(vocab=VOCAB, sharpness=0.14, noise=0.06)
 PROMPT = (3, 1, 4, 1, 5, 2, 6, 5)
-# The distribution of a drafter of eight tokens is seldom below .3: thresholds sit where they cut about half.
+MIN_CONTROL_Z = 6.0  # what the planted rule must reach
+Truth = Mapping[tuple[int, ...], float]
+
+
+def _rule(policy: str, threshold: float = 0.0, survival: float = 0.0, **rest: Any) -> dict[str, Any]:
+    exits = {"threshold": threshold, "min_survival": survival, "policy_rule": rest.pop("policy_rule", False)}
+    return {"policy": policy, "policy_params": {}, "early_exit": exits, "per_request": False, **rest}
+
+
+CUT = 0.35  # the likeliest of eight tokens seldom has less than .3: this cuts about half
 RULES: dict[str, dict[str, Any]] = {
-    "fixed": {"policy": "fixed", "early_exit": {"threshold": 0.0, "min_survival": 0.0}},
-    "adaptive": {"policy": "goodput", "early_exit": {"threshold": 0.0, "min_survival": 0.0}},
-    "early exit": {"policy": "fixed", "early_exit": {"threshold": 0.35, "min_survival": 0.0}},
-    "survival": {"policy": "fixed", "early_exit": {"threshold": 0.0, "min_survival": 0.15}},
+    "fixed": _rule("fixed"),
+    "zero": _rule("fixed", policy_params={"k": 0}),
+    "early exit": _rule("fixed", threshold=CUT),
+    "survival": _rule("fixed", survival=0.15),
+    "acceptance": _rule("acceptance"),
+    "throughput": _rule("throughput"),
+    "feedback": _rule("feedback"),
+    "adaptive": _rule("goodput"),
+    "stop rule": _rule("goodput", policy_rule=True),
+    "per request": _rule("goodput", per_request=True),
+    "both": _rule("goodput", threshold=CUT, survival=0.15, policy_rule=True, per_request=True),
 }
-CONTROL: dict[str, Any] = RULES["early exit"]
+UNDER_ASYNC = ("fixed", "early exit", "both")  # what is trimmed by the worker, the rest is the same code
+PLANTED = {"v1": "planted: probability of the drawn token", "v2": "planted: first draft unverified"}
 
 
-def check(verdict: Verdict, samples: int, talk: bool) -> None:
+def check(runner: str, samples: int, journal: Journal) -> None:
+    modes = list(itertools.product((False, True), ("greedy", "probabilistic")))
+    cells = {
+        mode: [*(UNDER_ASYNC if mode[0] else RULES), *([PLANTED[runner]] if mode[1] == "probabilistic" else [])]
+        for mode in modes
+    }
+    missing = {
+        mode: [rule for rule in rules if _named(runner, mode, rule).name not in journal.checks]
+        for mode, rules in cells.items()
+    }
+    journal.expect([_named(runner, mode, rule).name for mode in modes for rule in cells[mode]])
+    if not any(missing.values()):
+        return
     with tempfile.TemporaryDirectory() as folder:
         target, draft = tiny_pair.build(Path(folder), SHAPE, seed=2)
         truth = exact(target)
-        for drawn in ("greedy", "probabilistic"):
+        for (asynchronous, drawn), rules in missing.items():
             speculative = {
                 "method": "draft_model",
                 "model": str(draft),
                 "num_speculative_tokens": LENGTH - 1,
                 "draft_sample_method": drawn,
             }
-            with backend.engine(target, speculative, **settings()) as llm:
-                for name, rule in RULES.items():
-                    _record(verdict, f"{name}, {drawn} drafts", _z(llm, rule, samples, truth), samples, talk, llm)
-                if drawn == "probabilistic":
-                    with backend.keep_by_drawn_token():
-                        z = _z(llm, CONTROL, samples, truth)
-                    worst = max(abs(value) for value in z.values())
-                    verdict.negative_control_caught = worst > MIN_CONTROL_Z
-                    verdict.checks.append({"rule": "planted: probability of the drawn token", "z": z})
-                    if talk:
-                        print(f"planted wrong rule: largest |z| {worst:.1f}", flush=True)
+            if not rules:
+                continue
+            with backend.engine(target, speculative, **settings(asynchronous)) as llm:
+                backend.demand(llm, runner, asynchronous)
+                for rule in rules:
+                    journal.add(_measure(llm, _named(runner, (asynchronous, drawn), rule), samples, truth))
 
 
-def settings() -> dict[str, Any]:
-    return {"max_model_len": 64, "max_num_seqs": BATCH, "max_num_batched_tokens": 4096, "async_scheduling": False}
+def settings(asynchronous: bool = False) -> dict[str, Any]:
+    return {
+        "max_model_len": 64,
+        "max_num_seqs": BATCH,
+        "max_num_batched_tokens": 4096,
+        "async_scheduling": asynchronous,
+    }
 
 
 def exact(target: Path) -> dict[tuple[int, ...], float]:
@@ -61,17 +90,33 @@ def exact(target: Path) -> dict[tuple[int, ...], float]:
     return distribution.joint(dict(zip(prefixes, rows, strict=True)), LENGTH)
 
 
-def _z(llm: Any, rule: Mapping[str, Any], samples: int, truth: Mapping[tuple[int, ...], float]) -> dict[str, float]:
+def _named(runner: Any, mode: tuple[bool, str], rule: str) -> Check:
+    place: dict[str, Any] = {"asynchronous": mode[0], "drafter": "draft_model", "scene": f"{mode[1]} drafts"}
+    return Check(runner=runner, rule=rule, planted=rule == PLANTED[runner], **place)
+
+
+def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
+    if named.planted:
+        with backend.keep_by_drawn_token(CUT) if named.runner == "v1" else backend.keep_unverified():
+            z = _z(llm, RULES["fixed"], samples, truth)
+        return named.model_copy(
+            update={"compared": samples, "z": z, "caught": max(map(abs, z.values())) > MIN_CONTROL_Z}
+        )
+    z = _z(llm, RULES[named.rule], samples, truth)
+    counts = backend.counters(llm)
+    names = ("verified_tokens", "accepted_tokens", "draft_forwards_saved", "tokens_stopped_by_confidence")
+    return named.model_copy(
+        update={
+            "compared": samples,
+            "z": z,
+            "met": (counts["verified_tokens"] > 0) is (named.rule != "zero"),
+            "counts": {name: counts[name] for name in names},
+            "verified_per_position": counts["verified_per_position"],
+        }
+    )
+
+
+def _z(llm: Any, rule: Mapping[str, Any], samples: int, truth: Truth) -> dict[str, float]:
     backend.switch(llm, rule)
     got = backend.generate(llm, [PROMPT] * samples, temperature=1.0, max_tokens=LENGTH)
     return distribution.z_scores(got, truth)
-
-
-def _record(verdict: Verdict, name: str, z: Mapping[str, float], samples: int, talk: bool, llm: Any) -> None:
-    worst = max(abs(value) for value in z.values())
-    verdict.compared += samples
-    verdict.max_abs_z = max(worst, verdict.max_abs_z or 0.0)
-    counts = backend.counters(llm)
-    verdict.checks.append({"rule": name, "z": dict(z), "verified_per_position": counts["verified_per_position"]})
-    if talk:
-        print(f"{name:<32} largest |z| {worst:.2f}  verified {counts['verified_per_position']}", flush=True)

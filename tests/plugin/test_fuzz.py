@@ -53,9 +53,9 @@ def params(kind, length):
 @pytest.fixture(scope="module")
 def prompts():
     from nwor_vllm import zoo
-    from nwor_vllm.bench import verify
+    from nwor_vllm.bench import verify_identity
 
-    return verify.chats(zoo.path("target"))
+    return verify_identity.chats(zoo.path("target"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nwor_vllm import kernels
+from nwor_vllm.errors import ConfigError
 from nwor_vllm.plugin import compat, control
 from nwor_vllm.plugin.draft_round import DraftRound
 
@@ -35,6 +35,7 @@ def engine(target: Path, speculative: Mapping[str, Any] | None, **settings: Any)
     given: dict[str, Any] = {
         "model": str(target),
         "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
         "dtype": "float32",
         "enforce_eager": True,
         "enable_prefix_caching": False,
@@ -49,6 +50,16 @@ def engine(target: Path, speculative: Mapping[str, Any] | None, **settings: Any)
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def demand(llm: Any, runner: str, asynchronous: bool) -> None:
+    """What an engine cannot do it may leave out in silence: what was not run must not count as proven."""
+    config = llm.llm_engine.vllm_config
+    got = ("v2" if config.use_v2_model_runner else "v1", bool(config.scheduler_config.async_scheduling))
+    if got != (runner, asynchronous):
+        raise ConfigError(
+            f"vLLM runs this on its {got[0].upper()} runner with {'a' if got[1] else ''}synchronous scheduling instead"
+        )
 
 
 def generate(llm: Any, prompts: Sequence[Tokens], **sampling: Any) -> list[Tokens]:
@@ -96,26 +107,22 @@ def counters(llm: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def keep_by_drawn_token() -> Iterator[None]:
+def keep_by_drawn_token(threshold: float) -> Iterator[None]:
     """The wrong rule: a slot is kept for the probability of the token that was drawn. It biases what is sampled."""
-    right = DraftRound.score
+    right = DraftRound.lengths
 
-    def wrong(self: DraftRound, logits: Any, tokens: torch.Tensor, probs: Any) -> bool:
-        position = len(self.tokens)
-        self.tokens.append(tokens)
-        if probs is not None:
-            self.probs.append(probs)
-        if logits is not None and self.state is not None:
-            chance = torch.softmax(logits.float(), dim=-1).gather(1, tokens[:, None].long())[:, 0].contiguous()
-            drawn = kernels.Confidence(tokens, chance, torch.logit(chance, eps=1e-6))
-            kernels.stop(drawn, self.state, position)
-        return not bool(self.stopped().all())
+    def wrong(self: DraftRound) -> Sequence[int]:
+        kept = list(right(self))
+        for position, (tokens, probs) in enumerate(zip(self.tokens, self.probs, strict=True)):
+            chances = probs.gather(1, tokens[:, None].long())[:, 0].tolist()
+            kept = [min(n, position) if chance < threshold else n for n, chance in zip(kept, chances, strict=True)]
+        return kept
 
-    DraftRound.score = wrong  # type: ignore[method-assign]
+    DraftRound.lengths = wrong  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DraftRound.score = right  # type: ignore[method-assign]
+        DraftRound.lengths = right  # type: ignore[method-assign]
 
 
 @contextmanager
