@@ -37,7 +37,7 @@ class Patch:
 @dataclass(frozen=True)
 class Feature:
     name: str
-    stage: str  # "register": every process; "engine": where the scheduler lives; "worker"; "worker_v2"
+    stage: str  # "register": every process; "api server"; "engine": where the scheduler lives; "worker"; "worker_v2"
     needs: tuple[Need, ...] = ()
     patch: Patch | None = None
 
@@ -45,10 +45,13 @@ class Feature:
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+_REGISTRY = "vllm.entrypoints.serve.instrumentator.metrics:get_prometheus_registry"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _V2_DRAFTING = "vllm.v1.worker.gpu.spec_decode"
 _V2_DEPENDENT = f"{_V2_DRAFTING}.target_dependent_ar.speculator:TargetDependentARSpeculator"
 _V2_STANDALONE = f"{_V2_DRAFTING}.standalone_ar.speculator:StandaloneARSpeculator"
+_V2_BATCH = "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor"
+_V2_SLOTS = "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer"
 _V2_PAD = f"{_V2_DRAFTING}.multi_module_mtp.speculator:pad_trailing_draft_slots"
 
 FEATURES: tuple[Feature, ...] = (
@@ -75,6 +78,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature("acceptance feed", "engine", (Need(f"{_SCHEDULER}.make_spec_decoding_stats", ("request_id",)),)),
     Feature("draft length per request", "engine", (Need(f"{_SCHEDULER}.update_draft_token_ids"),)),
     Feature("run-time control", "engine", (Need("vllm.v1.engine.core_client:EngineCoreClient"),)),
+    Feature(
+        "metrics of several API servers",
+        "api server",
+        (Need(_REGISTRY),),
+        Patch(_REGISTRY, "nwor_vllm.plugin.metrics:adapt"),
+    ),
     Feature(
         "sampling above temperature 0 on CPU",
         "worker",
@@ -127,6 +136,16 @@ FEATURES: tuple[Feature, ...] = (
             Need(f"{_V2_DEPENDENT}._fused_multi_step_decode"),
             Need(f"{_V2_STANDALONE}._multi_step_decode"),
             Need(f"{_V2_STANDALONE}._run_model"),
+        ),
+    ),
+    Feature(
+        "no draft forward at K = 0 on the V2 runner",
+        "worker_v2",
+        (
+            Need(f"{_V2_DEPENDENT}._build_attn_metadata", ("query_start_loc_np", "step", "slot_mappings")),
+            Need(f"{_V2_DEPENDENT}._run_model", ("num_tokens", "attn_metadata", "slot_mappings")),
+            Need(_V2_BATCH, ("cg_mode", "num_tokens", "num_reqs")),
+            Need(_V2_SLOTS, ("slot_mappings", "kv_cache_config")),
         ),
     ),
     Feature(
@@ -283,3 +302,13 @@ def v2_pad_rejected() -> Callable[..., None]:
     """Marks the draft prefill's rows after each request's last valid token: no K/V is written for them."""
     pad: Callable[..., None] = resolve(_V2_PAD)[2]
     return pad
+
+
+def v2_eager_batch(tokens: int, requests: int) -> Any:
+    """A batch that runs without CUDA graphs, as V2's attention metadata wants it described."""
+    mode = importlib.import_module("vllm.config.compilation").CUDAGraphMode.NONE
+    return resolve(_V2_BATCH)[2](cg_mode=mode, num_tokens=tokens, num_reqs=requests)
+
+
+def v2_slots_by_layer(slots: Any, kv_cache_config: Any) -> Any:
+    return resolve(_V2_SLOTS)[2](slots, kv_cache_config)

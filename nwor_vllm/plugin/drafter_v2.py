@@ -10,7 +10,6 @@ length  only K.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,26 +18,28 @@ from typing import Any
 import torch
 
 from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.catch_up_v2 import CatchUpV2, Fed, usable
 from nwor_vllm.plugin.messages import NO_ORDERS, DraftReport, Orders
 from nwor_vllm.plugin.v2_round import DraftRound
-
-_StockSpeculator: Any = abc.ABC  # stands for the vLLM class that `elastic` puts behind the mixin
 
 
 class DraftStopped(Exception):
     """Nobody needs another draft token: leave the loop."""
 
 
-class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
+class ElasticDrafter(Fed):
     """What autoregressive speculators share."""
 
-    def nwor_attach(self, *, pads: bool, pad_rejected: Callable[..., None] | None, exits: bool) -> None:
+    def nwor_attach(
+        self, *, pads: bool, pad_rejected: Callable[..., None] | None, exits: bool, catches_up: bool
+    ) -> None:
         self.nwor = DraftRound(self.max_num_reqs, self.num_speculative_steps, self.device)
         self.nwor_orders: Orders = NO_ORDERS
         self.nwor_async = bool(self.scheduler_config.async_scheduling)
         self.nwor_pads = pads
         self.nwor_pad_rejected = pad_rejected if pads else None
         self.nwor_exits = exits
+        self.nwor_catch_up = CatchUpV2(self) if catches_up and usable(self) else None
         self.nwor_most: int = self.num_speculative_steps
         self.nwor_mode = "length"
         self.nwor_stops = False  # this round's lengths will be honoured: only then may rows be left undrafted
@@ -98,6 +99,14 @@ class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
             rows = prefill_rows + len(now.ids) * (forwards - 1)
             self.nwor_pending = functools.partial(DraftReport, now.k, forwards, rows_written=rows)
 
+    def nwor_pass(self, batch: Any, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        """A step that drafts nothing and runs nothing."""
+        fed = self.nwor_skip(batch, tokens, hidden)
+        self.nwor.ids = list(batch.req_ids)
+        self.nwor_pending = functools.partial(DraftReport, 0, 1 if fed else 0, rows_written=fed)
+        drafts: torch.Tensor = self.draft_tokens[: batch.num_reqs].fill_(-1)
+        return drafts
+
     def nwor_settle(self) -> DraftReport | None:
         """Read the last round, once. Waits for the device where a draft could have stopped."""
         pending, self.nwor_pending = self.nwor_pending, None
@@ -127,6 +136,8 @@ class ElasticDrafter(_StockSpeculator):  # type: ignore[misc]
 class ElasticTargetDependent(ElasticDrafter):
     """EAGLE, EAGLE-3, MTP: the draft prefill reuses the target's batch."""
 
+    pass_hidden_states_to_model = True
+
     def propose(
         self,
         input_batch: Any,
@@ -143,6 +154,10 @@ class ElasticTargetDependent(ElasticDrafter):
         if kwargs.get("dummy_run"):
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
         n, k = input_batch.num_reqs, self.nwor_k(kwargs)
+        if self.nwor_idle(input_batch, k):
+            hidden = torch.cat([h[:n] for h in aux_hidden_states], dim=-1) if aux_hidden_states else last_hidden_states
+            return self.nwor_pass(input_batch, args[0].view(-1)[input_batch.idx_mapping], hidden)
+        self.nwor_replay(input_batch)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
         if self.nwor_pad_rejected is not None and self.pcp_manager is None:  # partitioned prefills have other slots
             # The target has read its slots; what is left of them serves the draft prefill only.
@@ -153,6 +168,11 @@ class ElasticTargetDependent(ElasticDrafter):
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
         finally:
             self.nwor_end(self.nwor_forwards, input_batch.num_tokens)
+
+    def nwor_forward(self, n: int, hidden: torch.Tensor, attention: Any, slots: Any) -> None:
+        self.hidden_states[:n] = self.model.combine_hidden_states(hidden) if self.method == "eagle3" else hidden
+        self.on_prefill_begin(n)
+        self._run_model(n, attention, slots, num_tokens_across_dp=None)
 
     def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
         self.nwor_loop(super()._multi_step_decode, args, kwargs)
@@ -176,6 +196,8 @@ class ElasticTargetDependent(ElasticDrafter):
 class ElasticStandalone(ElasticDrafter):
     """`draft_model`: a drafter of its own, that upstream lets draft num_speculative_tokens whatever the step says."""
 
+    pass_hidden_states_to_model = False
+
     def propose(
         self,
         input_batch: Any,
@@ -192,6 +214,9 @@ class ElasticStandalone(ElasticDrafter):
         if kwargs.get("dummy_run"):
             return super().propose(input_batch, *rest, **kwargs)
         n, k = input_batch.num_reqs, self.nwor_k(kwargs)
+        if self.nwor_idle(input_batch, k):
+            return self.nwor_pass(input_batch, input_batch.input_ids, None)
+        self.nwor_replay(input_batch)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
         # The draft loop reads the batch's own mapping; give it the static one, where stopped rows are marked.
         self.idx_mapping[:n].copy_(input_batch.idx_mapping)
@@ -203,6 +228,9 @@ class ElasticStandalone(ElasticDrafter):
             self.num_speculative_steps = self.nwor_most
             self.nwor_end(self.nwor.forwards, input_batch.num_tokens + n)
         return self.draft_tokens[:n]
+
+    def nwor_forward(self, n: int, hidden: None, attention: Any, slots: Any) -> None:
+        self._run_model(self.input_buffers.input_ids[:n], self.input_buffers.positions[:n], attention, slots, None)
 
     def _multi_step_decode(self, *args: Any, **kwargs: Any) -> None:
         try:

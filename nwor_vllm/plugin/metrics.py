@@ -6,19 +6,22 @@ writes a small file of its own in a private folder, and the collector reads it w
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from nwor_vllm.config import load
+from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.compat import log
 
 EVERY_S = 1.0
@@ -48,10 +51,14 @@ NAMES = frozenset(
 )
 
 
-def file_of(vllm_config: Any, engine: int) -> Path:
-    """One file per engine; `instance_id` is the same in all of its processes."""
-    folder = Path(tempfile.gettempdir()) / f"nwor-{os.getuid()}"
-    return folder / f"{vllm_config.instance_id}-{engine}.json"
+def file_of(process: int, engine: int) -> Path:
+    """One file per engine, by the process that launched it: an API server, or what launched API servers and engines."""
+    return Path(tempfile.gettempdir()) / f"nwor-{os.getuid()}" / f"{process}-{engine}.json"
+
+
+def launcher() -> int:
+    """Of the engine core that runs in this process."""
+    return os.getppid() if multiprocessing.parent_process() is not None else os.getpid()
 
 
 class Publisher:
@@ -68,7 +75,7 @@ class Publisher:
         self.next = time.monotonic() + EVERY_S
         if not self.usable:
             return
-        partial = self.path.with_suffix(".partial")
+        partial = self.path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({"counters": counters, "policy": policy, "name": name}))
         partial.replace(self.path)
 
@@ -93,15 +100,17 @@ def _private(folder: Path) -> bool:
 class Collector:
     """In the API server: reads at scrape time."""
 
-    def __init__(self, path: Path, engine: int) -> None:
-        self.path, self.engine = path, str(engine)
+    def __init__(self, paths: Sequence[Path], engine: int) -> None:
+        self.paths, self.engine = paths, str(engine)
 
     def read(self) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return None  # no step yet
-        return found
+        for path in self.paths:
+            try:
+                found: dict[str, Any] = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue  # another's, or no step yet
+            return found
+        return None
 
     def collect(self) -> Iterator[Any]:
         state = self.read()
@@ -125,6 +134,23 @@ class Collector:
         yield gauge
 
 
+def adapt(stock: Callable[[], CollectorRegistry]) -> Callable[[], CollectorRegistry]:
+    """Several API servers answer /metrics from a registry of vLLM's own counters; ours are added, from all engines."""
+
+    @functools.wraps(stock)
+    def registry() -> CollectorRegistry:
+        found = stock()
+        if found is not REGISTRY:
+            for collector in _collectors:
+                found.register(collector)
+        return found
+
+    return registry
+
+
+_collectors: list[Collector] = []
+
+
 class StatLogger(StatLoggerBase):  # type: ignore[misc]
     """vLLM makes one per engine in the API server; it serves our metrics, and says now and then what was stopped."""
 
@@ -132,8 +158,11 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc]
         self.collector: Collector | None = None
         self.said = -1
         if vllm_config.speculative_config and load(vllm_config.additional_config, os.environ) is not None:
-            self.collector = Collector(file_of(vllm_config, engine_index), engine_index)
+            paths = [file_of(process, engine_index) for process in (os.getpid(), os.getppid())]
+            self.collector = Collector(paths, engine_index)
             REGISTRY.register(self.collector)
+            _collectors.append(self.collector)
+            compat.apply("api server")
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -36,6 +36,7 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         drafter.nwor_orders = orders_of(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             self.nwor_lengths.pop(request_id, None)
+        drafter.nwor_forget(scheduler_output)
         if drafter.nwor_async:
             scheduler_output, self.nwor_cut = trimmed(scheduler_output, self.nwor_lengths)
         return super().execute_model(scheduler_output, *args, **kwargs)
@@ -45,6 +46,8 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         report = drafter.nwor_settle()
         if report is None:
             return
+        self.nwor_rows[0] += drafter.nwor_fed_rows
+        drafter.nwor_fed_rows = 0
         for request_id in drafter.nwor.ids:
             self.nwor_lengths.pop(request_id, None)
         self.nwor_lengths.update(report.lengths)
@@ -120,6 +123,7 @@ def adopt(runner: Any) -> None:
         pads=pads,
         pad_rejected=compat.v2_pad_rejected() if pads else None,
         exits=compat.has("early exit on the V2 runner"),
+        catches_up=compat.has("no draft forward at K = 0 on the V2 runner"),
     )
     stock = type(runner)
     runner.__class__ = _elastic_runner(stock)

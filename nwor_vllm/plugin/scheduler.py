@@ -23,7 +23,7 @@ from nwor_vllm.plugin.control import answer, serve_control
 from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.kv_bytes import row_bytes
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of, report_of
-from nwor_vllm.plugin.metrics import Publisher, file_of
+from nwor_vllm.plugin.metrics import Publisher, file_of, launcher
 from nwor_vllm.policy import Plan, Policy, Round, Step, StopRule, make_policy
 
 _StockScheduler: Any = object  # the vLLM class that stands behind the mixin
@@ -65,7 +65,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_started = self.nwor_ended = time.perf_counter()
         self.nwor_busy = False
         engine = self.vllm_config.parallel_config.data_parallel_index
-        self.nwor_publisher = Publisher(file_of(self.vllm_config, engine))
+        self.nwor_publisher = Publisher(file_of(launcher(), engine))
         serve_control()
 
     def nwor_make(self, config: NworConfig) -> Policy:

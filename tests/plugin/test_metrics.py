@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -59,7 +60,7 @@ def test_published_counters_are_served_under_the_documented_names(counters, tmp_
     from nwor_vllm.plugin.metrics import NAMES, POLICY, Collector, Publisher
 
     path = tmp_path / "private" / "engine.json"
-    collector = Collector(path, 0)
+    collector = Collector([tmp_path / "nobody's.json", path], 0)
     assert list(collector.collect()) == []
     publisher = Publisher(path)
     assert publisher.due
@@ -76,6 +77,31 @@ def test_published_counters_are_served_under_the_documented_names(counters, tmp_
     assert list(collector.collect()) == []
     publisher.close()
     assert not path.exists()
+
+
+def test_api_servers_and_engines_meet_at_the_process_that_launched_them(tmp_path, monkeypatch):
+    """One API server launches its engines; several are launched beside them, by `vllm serve`."""
+    from multiprocessing import get_context
+
+    from nwor_vllm.plugin import metrics
+
+    with get_context("spawn").Pool(1) as pool:
+        seen = pool.apply(metrics.launcher)
+    assert seen == metrics.launcher() == os.getpid()
+
+
+def test_several_api_servers_serve_them_too(counters, tmp_path, monkeypatch):
+    """vLLM answers /metrics from a registry of its own then, made when the routes are."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from nwor_vllm.plugin import metrics
+
+    path = tmp_path / "private" / "engine.json"
+    metrics.Publisher(path).publish(counters.snapshot(), {"k": 5.0}, "fixed")
+    monkeypatch.setattr(metrics, "_collectors", [metrics.Collector([path], 0), metrics.Collector([path], 1)])
+    text = generate_latest(metrics.adapt(CollectorRegistry)()).decode()
+    for engine in (0, 1):
+        assert f'nwor_accepted_tokens_total{{engine="{engine}"}} 7.0' in text
 
 
 def test_a_folder_that_others_can_write_is_not_used(tmp_path):

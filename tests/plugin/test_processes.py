@@ -39,11 +39,27 @@ PROGRAM = """
             error = ""
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-        print("RESULT" + json.dumps([found, control.workers(llm), error]))
+        theirs = llm.collective_rpc("theirs") if "worker_extension_cls" in settings else []
+        print("RESULT" + json.dumps([found, control.workers(llm), error, theirs]))
 
     if __name__ == "__main__":
         main()
 """
+
+USERS_OWN = """
+    from pathlib import Path
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    class Theirs(Scheduler):
+        def schedule(self, *args, **kwargs):
+            Path(__file__).with_name("scheduled").touch()
+            return super().schedule(*args, **kwargs)
+
+    class Extension:
+        def theirs(self):
+            return self.rank
+"""
+OWN = {"scheduler_cls": "users_own.Theirs", "worker_extension_cls": "users_own.Extension"}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +73,7 @@ def truth(tiny, token_prompts, engine_settings):
 def run(tmp_path, tiny, prompts, **settings):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
+    (tmp_path / "users_own.py").write_text(textwrap.dedent(USERS_OWN))
     argument = json.dumps([str(tiny[0]), str(tiny[1]), [list(p) for p in prompts], settings])
     done = subprocess.run(
         [sys.executable, str(program), argument],
@@ -64,16 +81,20 @@ def run(tmp_path, tiny, prompts, **settings):
         text=True,
         timeout=900,
         # vLLM binds one rank to a NUMA node each, and this machine may have one.
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env=os.environ
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(tmp_path)},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, (done.stdout + done.stderr)[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tensor_parallel_size": 2}], ids=["engine core", "tensor parallel"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"tensor_parallel_size": 2} | OWN], ids=["engine core", "tensor parallel, classes of the user"]
+)
 def test_output_counters_and_control(tmp_path, tiny, truth, token_prompts, settings):
-    found, workers, error = run(tmp_path, tiny, token_prompts, **settings)
+    """The counts of a step are the scheduler's; each rank counts what it wrote itself."""
+    found, workers, error, theirs = run(tmp_path, tiny, token_prompts, **settings)
     for tokens, _ in found:
         assert [tuple(t) for t in tokens] == truth
     fixed, cut, off, _ = (counters for _, counters in found)
@@ -84,3 +105,6 @@ def test_output_counters_and_control(tmp_path, tiny, truth, token_prompts, setti
     assert len(workers) == settings.get("tensor_parallel_size", 1)
     assert all(worker == workers[0] for worker in workers)
     assert workers[0]["draft_rows_written"] > 0
+    if "worker_extension_cls" in settings:
+        assert theirs == [0, 1]
+        assert (tmp_path / "scheduled").exists()

@@ -1,9 +1,14 @@
-"""Trimming an asynchronous step in the worker's own copy."""
+"""Trimming an asynchronous step in the worker's own copy, and what an engine's settings allow to be trimmed at all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from nwor_vllm.plugin.drafter_v2 import ElasticDrafter
 from nwor_vllm.plugin.runner_v2 import trimmed
 
 
@@ -36,3 +41,31 @@ def test_a_step_with_nothing_to_trim_is_passed_on_as_it_is() -> None:
     planned = step()
     assert trimmed(planned, {"a": 3, "b": 7}) == (planned, {})
     assert trimmed(planned, {})[0] is planned
+
+
+def speculator(**settings: Any) -> Any:
+    """The settings of a speculator that decide; on a machine without a GPU no engine has CUDA graphs."""
+    usual = {"nwor_exits": True, "nwor_async": False, "enable_adaptive_verification": False, "dp_size": 1}
+    usual |= {"pcp_manager": None, "use_local_argmax_reduction": False, "draft_watermarker": None}
+    parallel = SimpleNamespace(pipeline_parallel_size=settings.pop("pipeline", 1))
+    return SimpleNamespace(**(usual | settings), vllm_config=SimpleNamespace(parallel_config=parallel))
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs", "mode", "words"),
+    [
+        ({}, False, "exact", "their loop ends with the last"),
+        ({}, True, "exact", "draft loops inside CUDA graphs run to the step's length"),
+        ({"nwor_async": True}, False, "exact", "their loop ends with the last"),
+        ({"nwor_async": True}, True, "length", "speculative_config.enable_adaptive_verification would trim"),
+        ({"nwor_async": True, "enable_adaptive_verification": True}, True, "native", "nwor chooses the draft length"),
+        ({"pipeline": 2}, False, "length", "(pipeline parallelism)"),
+        ({"dp_size": 2}, False, "length", "(data parallelism)"),
+        ({"nwor_exits": False}, False, "length", "(a hook is missing)"),
+    ],
+)
+def test_the_log_says_what_is_trimmed_and_why_not_more(
+    settings: dict[str, Any], graphs: bool, mode: str, words: str
+) -> None:
+    found, why = ElasticDrafter.nwor_resolve(speculator(**settings), graphs)
+    assert found == mode and words in why

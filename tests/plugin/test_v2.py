@@ -20,10 +20,10 @@ pytestmark = pytest.mark.vllm
 
 # drafter, asynchronous, scene, rules: every value of each at least once.
 CELLS: list[tuple[str, bool, str, list[str]]] = [
-    ("eagle", False, "plain", ["fixed", "early exit", "zero", "planted"]),
+    ("eagle", False, "plain", ["fixed", "early exit", "zero", "pause", "planted"]),
     ("eagle", True, "preemption", ["both"]),
-    ("eagle3", True, "chunked prefill", ["early exit", "both"]),
-    ("draft_model", False, "prefix cache", ["adaptive", "zero"]),
+    ("eagle3", True, "chunked prefill", ["early exit", "both", "pause"]),
+    ("draft_model", False, "prefix cache", ["adaptive", "zero", "pause"]),
     ("draft_model", True, "plain", ["fixed", "early exit"]),
 ]
 
@@ -71,7 +71,11 @@ def test_a_planted_lossy_rule_is_noticed(rows: list[Row]) -> None:
 
 def test_each_engine_ran_the_scheduler_it_was_asked_for(rows: list[Row]) -> None:
     for row in rows[1:]:
-        if row["cell"][3] != "planted":
+        if row["cell"][3] not in ("planted", "pause"):
+            assert (
+                "nwor: V2 drafting is exact: drafts are trimmed one by one and their loop ends with the last"
+                in row["said"]
+            )
             assert row["scheduler"] == ("ElasticAsyncScheduler" if row["cell"][1] else "ElasticScheduler")
             assert row["mode"] == "exact"
 
@@ -94,9 +98,21 @@ def test_early_exit_saves_draft_forwards_verified_tokens_and_kv_writes(
 def test_k_zero_drafts_nothing(rows: list[Row], drafter: str, asynchronous: bool) -> None:
     row = of(rows, drafter, asynchronous, "zero")
     assert row["length_histogram"] == {"0": row["steps"]}
-    # Drafts made before the switch may still be verified; the drafter's own KV is fed by one forward a step.
     assert row["verified_tokens"] == row["accepted_tokens"] == 0
-    assert row["draft_forwards"] <= row["steps"]
+    assert row["draft_forwards"] <= row["steps"] / 2  # prompts, and once per block of the cache
+
+
+@pytest.mark.parametrize(
+    ("drafter", "asynchronous"), [("eagle", False), ("eagle3", True), ("draft_model", False)], ids=str
+)
+def test_acceptance_after_a_pause_is_that_of_a_drafter_that_was_fed_all_along(
+    rows: list[Row], drafter: str, asynchronous: bool
+) -> None:
+    row = of(rows, drafter, asynchronous, "pause")
+    assert row["accepted_tokens"] > 0
+    assert row["accepted_per_position"] == row["fed"]["accepted_per_position"]
+    assert row["draft_forwards"] < row["fed"]["draft_forwards"]
+    assert row["left"] == 0
 
 
 def test_a_draft_model_honours_the_steps_k(rows: list[Row]) -> None:

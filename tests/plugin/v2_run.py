@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from test_catch_up import decode
 from transformers import AutoTokenizer
 
 from nwor_vllm import zoo
@@ -42,7 +44,23 @@ def prompts_of(target: Path) -> list[tuple[int, ...]]:
     return [*rows, rows[0]]
 
 
+class Said(logging.Handler):
+    """What the plugin logs while an engine starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logger = logging.getLogger("vllm.nwor")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
+    said = Said()
     target = Path(pair["target"])
     prompts = prompts_of(target)
     with backend.engine(target, None, **SMALL) as llm:
@@ -52,12 +70,11 @@ def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
     for drafter, asynchronous, scene, rules in cells:
         spec = {"method": drafter, "model": pair[drafter], "num_speculative_tokens": K}
         settings = SMALL | SCENES[scene] | {"async_scheduling": asynchronous, "disable_log_stats": False}
+        said.lines.clear()
         with backend.engine(target, spec, **settings) as llm:
             for name in rules:
-                print(
-                    json.dumps(_check(llm, name, prompts, truth) | {"cell": [drafter, asynchronous, scene, name]}),
-                    flush=True,
-                )
+                cell = {"cell": [drafter, asynchronous, scene, name], "said": said.lines}
+                print(json.dumps(_check(llm, name, prompts, truth) | cell), flush=True)
 
 
 def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> dict[str, Any]:
@@ -66,6 +83,8 @@ def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tupl
         backend.switch(llm, RULES["fixed"])
         with backend.keep_unverified():
             return {"differences": _differ(backend.generate(llm, prompts, **ASK), truth)}
+    if name == "pause":
+        return _pause(llm, prompts)
     backend.switch(llm, RULES[name])
     got = backend.generate(llm, prompts, **ASK)
     return {
@@ -75,6 +94,17 @@ def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tupl
         "preemptions": backend.preemptions(llm),
         **backend.counters(llm),
     }
+
+
+def _pause(llm: Any, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
+    """Drafting pauses for some steps: with the drafter fed afterwards, against one that is fed at every step."""
+    drafter = _runner(llm).speculator
+    catch_up, pauses = drafter.nwor_catch_up, range(4, 12)
+    tokens, counts = decode(llm, prompts, pauses, MAX_TOKENS)
+    drafter.nwor_catch_up = None
+    fed_tokens, fed = decode(llm, prompts, pauses, MAX_TOKENS)
+    drafter.nwor_catch_up = catch_up
+    return {"differences": _differ(tokens, fed_tokens), "left": len(catch_up.steps), "fed": fed, **counts}
 
 
 def _differ(got: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> int:
