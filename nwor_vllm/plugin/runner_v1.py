@@ -29,7 +29,7 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     nwor_config: NworConfig
     nwor_trims: bool  # asynchronous steps can be trimmed in the worker
     nwor_pads: bool
-    nwor_state: StopState
+    nwor_state: StopState | None  # where the kernels judge drafts; None on a CPU
     nwor_last: DraftReport | None = None
     nwor_lengths: dict[str, int]  # draft tokens each request kept, where that is fewer than its placeholders
     nwor_cut: dict[str, int]
@@ -46,20 +46,17 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         if held and not self.nwor_trims:
             orders = Orders(observe=orders.observe)
         # Grammar bitmasks are laid out for the placeholders, before the worker can trim them.
-        whole = [held and self._nwor_structured(i) for i in ids]
+        whole = [row for row, i in enumerate(ids) if self._nwor_structured(i)] if held else ()
         dead = self.discard_request_mask.np[: len(ids)].tolist()
         now = self.drafter.nwor = DraftRound(ids, k, orders, self.nwor_state, dead, whole, self.nwor_pads)
         if self.nwor_catch_up is not None and self.nwor_catch_up.steps:
             self.nwor_replay(now.ids, args[-2])
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
-        report = now.report()
-        self.nwor_lengths = {}
-        if now.tokens:
-            if held:
-                self.nwor_lengths = dict(report.lengths)
-            else:
-                drafts = [row[:n] for row, n in zip(drafts.tolist(), now.lengths(), strict=True)]
-        self.nwor_last = report
+        lengths = now.lengths() if now.tokens else ()
+        self.nwor_last = report = now.report(lengths)
+        self.nwor_lengths = dict(report.lengths) if held else {}
+        if lengths and not held:
+            drafts = [row[:n] for row, n in zip(drafts.tolist(), lengths, strict=True)]
         self.nwor_rows[0] += report.rows_written
         self.nwor_rows[1] += report.rows_avoided
         return drafts
@@ -164,7 +161,9 @@ def adopt(runner: Any) -> None:
     runner.nwor_trims = compat.has("trimming under asynchronous scheduling on the V1 runner")
     runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")
     k_max = runner.speculative_config.num_speculative_tokens
-    runner.nwor_state = StopState.create(runner.max_num_reqs, k_max, runner.device)
+    drafter.nwor_host = host = runner.device.type == "cpu"
+    drafter.nwor_draws = getattr(drafter, "_enable_probabilistic_draft_probs", True)
+    runner.nwor_state = None if host else StopState.create(runner.max_num_reqs, k_max, runner.device)
     runner.nwor_catch_up = CatchUp(drafter) if usable(runner) else None
     runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
 

@@ -1,0 +1,120 @@
+"""Who reads the draft logits of a round and applies the stop rule: where the logits are host memory, and on a device.
+
+On a CPU every small tensor operation costs as much as a few hundred additions, so there numpy reads the logits and
+plain Python judges. On a device nothing waits: the kernels judge in static buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nwor_vllm import kernels
+from nwor_vllm.policy import StopRule
+from nwor_vllm.policy.stopping import Stopping
+
+
+class Judge(Protocol):
+    """One round of `k` draft positions; `limits`, `bias` and results have one entry per row of the batch."""
+
+    def score(self, logits: torch.Tensor) -> torch.Tensor:
+        """Judge the next position; the likeliest token of each row."""
+        ...
+
+    def alive(self) -> Sequence[bool]:
+        """Who wants another draft token. Waits for the device."""
+        ...
+
+    def lengths(self) -> Sequence[int]: ...
+
+    def confidence(self) -> Sequence[Sequence[float]]:
+        """Of the positions that each row drafted."""
+        ...
+
+
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(dim=-1)` of host memory, many times as fast as torch's own for bf16."""
+    return torch.from_numpy(logits.float().numpy().argmax(axis=1))
+
+
+class HostJudge:
+    def __init__(
+        self, rule: StopRule, k: int, limits: Sequence[int], bias: Sequence[float], whole: Sequence[int]
+    ) -> None:
+        self.rows = Stopping(rule, k, limits, bias, whole)
+        self.every = np.arange(len(limits))
+
+    def score(self, logits: torch.Tensor) -> torch.Tensor:
+        # The same statistic as kernels.reference.confidence: the winner is left out of the sum, not taken off it.
+        x = logits.float().numpy()
+        tokens = x.argmax(axis=1)
+        found = torch.from_numpy(tokens)
+        going = self.rows.going
+        if len(going) < len(tokens):
+            x, tokens = x[going], tokens[going]
+        every = self.every[: len(tokens)]
+        top = x[every, tokens]
+        with np.errstate(invalid="ignore"):  # a row without a distribution: NaN, or nothing but infinities
+            weight = x - top[:, None]
+            np.exp(weight, out=weight)
+            weight[every, tokens] = 0.0
+            others = weight.sum(axis=1)
+        self.rows.take(
+            [
+                1.0 / (1.0 + o) if math.isfinite(t) else math.nan
+                for o, t in zip(others.tolist(), top.tolist(), strict=True)
+            ]
+        )
+        return found
+
+    def alive(self) -> Sequence[bool]:
+        going = set(self.rows.going)
+        return [r in going for r in range(len(self.rows.caps))]
+
+    def lengths(self) -> Sequence[int]:
+        return self.rows.kept
+
+    def confidence(self) -> Sequence[Sequence[float]]:
+        return self.rows.seen
+
+
+class DeviceJudge:
+    def __init__(
+        self,
+        state: kernels.StopState,
+        rule: StopRule,
+        k: int,
+        limits: Sequence[int],
+        bias: Sequence[float],
+        whole: Sequence[int],
+    ) -> None:
+        self.state, self.k, self.rows, self.position = state, k, len(limits), 0
+        self.whole = torch.tensor(whole) if whole else None
+        state.caps[: self.rows] = torch.tensor(limits, dtype=torch.int32)
+        state.bias[: self.rows] = torch.tensor(bias)
+        state.set_rule(rule)
+        state.reset()
+
+    def score(self, logits: torch.Tensor) -> torch.Tensor:
+        found = kernels.confidence_and_stop(logits, self.state, self.position)
+        self.position += 1
+        if self.whole is not None:
+            self.state.alive[self.whole] = self.position < self.k
+            self.state.lengths[self.whole] = self.position
+        return found.token
+
+    def alive(self) -> Sequence[bool]:
+        going: list[bool] = self.state.alive[: self.rows].tolist()
+        return going
+
+    def lengths(self) -> Sequence[int]:
+        kept: list[int] = self.state.lengths[: self.rows].tolist()
+        return kept
+
+    def confidence(self) -> Sequence[Sequence[float]]:
+        table = self.state.confidence[: self.rows].tolist()
+        return [[c for c in row if not math.isnan(c)] for row in table]
