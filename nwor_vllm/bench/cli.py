@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("nwor_vllm.bench.sweep", "grids or configurations over the devices of this machine or a Ray cluster"),
     "profile": ("nwor_vllm.bench.profile", "one run under Nsight Compute; --cost: what a step costs here"),
     "compare": ("nwor_vllm.bench.compare", "two records or two folders of them, paired: ratio, interval, verdict"),
+    "report": ("nwor_vllm.report.cli", "what the runs show: findings here, and one HTML page with all of it"),
     "verify": (
         "nwor_vllm.bench.verify",
         "prove that the output is the target's own, with planted mistakes as controls",
