@@ -70,6 +70,8 @@ def parse_slo(pairs: Sequence[str]) -> dict[str, float]:
             raise ConfigError(f"--slo {pair!r} is not NAME:MS, such as ttft:200")
         if name not in SLO:
             raise ConfigError(f"--slo {pair!r}: {unknown_key('objective', name, SLO)}")
+        if name in found:
+            raise ConfigError(f"--slo {pair!r}: {name} is given twice")
         try:
             found[name] = float(text)
         except ValueError:
