@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NWOR = r"""#!/bin/bash
 echo "$*" >>"$CALLS"
 case "$1 $*" in
-    plan*--groups*) printf 'g1\ng2\ng3\n' ;;
-    plan*--tsv*) cat "$ROWS" ;;
+    plan*--tsv*)
+        if [[ -e $CALLS.planned ]]; then cat "$ROWS"; else printf '%s\tpending\tx\tmissing\n' $GROUPS_LEFT; fi
+        touch "$CALLS.planned" ;;
     bench*"$HANG"*)
         echo $$ >"$CALLS.pid"
         trap 'echo stopped >>"$CALLS"; exit 130' TERM
@@ -41,9 +42,9 @@ def lab(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(lab: Path, hang: str = "never", fail: str = "never") -> subprocess.Popen[str]:
+def start(lab: Path, hang: str = "never", fail: str = "never", left: str = "g1 g2 g2 g3") -> subprocess.Popen[str]:
     environ = {
-        **os.environ, "PATH": f"{lab / 'bin'}:{os.environ['PATH']}", "CALLS": str(lab / "calls"),
+        **os.environ, "PATH": f"{lab / 'bin'}:{os.environ['PATH']}", "CALLS": str(lab / "calls"), "GROUPS_LEFT": left,
         "ROWS": str(lab / "rows"), "HANG": hang, "FAIL": fail,
     }  # fmt: skip
     script = f"set -euo pipefail; source {ROOT}/scripts/lib.sh; run_grid grid.yaml {lab / 'out'}"
@@ -65,6 +66,14 @@ def test_every_group_is_measured_and_logged(lab: Path) -> None:
     log = (lab / "out" / "experiment.log").read_text(encoding="utf-8")
     assert [f"measuring g{n}" in log for n in (1, 2, 3)] == [True] * 3
     assert "1 of 1 runs done" in log
+
+
+def test_where_nothing_is_left_one_plan_says_so(lab: Path) -> None:
+    (lab / "calls.planned").touch()
+    child = start(lab)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (0, "1 of 1 runs done\n", "")
+    assert calls(lab) == [f"plan grid.yaml --out {lab}/out --tsv"]
 
 
 def test_a_failure_does_not_stop_the_night_and_is_named_at_its_end(lab: Path) -> None:
