@@ -71,7 +71,7 @@ class Scripted:
                     arrival_s=prompt.arrival_s, queue_s=0.001,
                 )
             )  # fmt: skip
-        return max(seconds, max(prompt.arrival_s for prompt in prompts)), results
+        return max(seconds, *(prompt.arrival_s for prompt in prompts)), results
 
     def top_logprobs(self, texts: Sequence[tuple[Prompt, Sequence[int]]], cell: Cell) -> list[dict[int, float]]:
         self.asked += [(prompt.id, list(more)) for prompt, more in texts]
@@ -95,14 +95,14 @@ class Scripted:
         pass
 
 
-def session(driver: Scripted, say: Any = lambda text: None) -> Session:
+def session(driver: Scripted, say: Any = lambda text: None, beside: Any = None) -> Session:
     def open_engine(engine: Engine) -> Scripted:
         return driver
 
     def no_gpu(cell: Cell) -> profile.Profiled:
         return profile.Profiled("unavailable", "no NVIDIA GPU on this machine") if cell.ncu else profile.NOT_REQUESTED
 
-    return Session(open_engine, open_engine, no_gpu, say, {})
+    return Session(open_engine, beside or open_engine, no_gpu, say, {})
 
 
 def run_grid(path: Path, out: Path, driver: Scripted, only: str = "") -> list[plan.Planned]:

@@ -51,7 +51,7 @@ class Stepper:
     def serve(self, arrivals: list[float], limit: int | None, open_loop: bool) -> tuple[float, dict[str, float]]:
         requests = [Due(str(i), at, None, None) for i, at in enumerate(arrivals)]
         seconds, done = serve(self, requests, limit, open_loop, lambda: self.now, self.wait)
-        assert list(sorted(done, key=int)) == [r.id for r in requests]
+        assert sorted(done, key=int) == [r.id for r in requests]
         return seconds, {name: served.sent - 500.0 for name, served in done.items()}
 
 

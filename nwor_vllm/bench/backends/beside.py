@@ -26,16 +26,17 @@ class Beside:
         self.process = spawn.Process(target=_answer, args=(theirs, engine, opener))
         self.process.start()
         theirs.close()
-        self._take()
+        self._exchange()
 
     def _call(self, name: str, *args: Any) -> Any:
-        self.pipe.send((name, args))
-        return self._take()
+        return self._exchange((name, args))
 
-    def _take(self) -> Any:
+    def _exchange(self, asked: Any = None) -> Any:
         try:
+            if asked is not None:
+                self.pipe.send(asked)
             failure, result = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise NworError("the engine beside the subject's ended; see what it printed") from None
         if failure:
             raise NworError(f"the engine beside the subject's: {failure}")
@@ -72,19 +73,25 @@ class Beside:
 
 
 def _answer(pipe: Connection, engine: Engine, opener: OpenEngine) -> None:
-    """Open the engine, then do what is asked until nobody is left to ask."""
-    driver = None
+    """Open the engine, then do what is asked until something fails or nobody is left to ask."""
+    driver: Any = None
+    failure, name, args = "", "", ()
     try:
-        driver = opener(engine)
-        pipe.send(("", None))
-        while True:
-            name, args = pipe.recv()
-            pipe.send(("", getattr(driver, name)(*args)))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
-        pass
-    except Exception as error:
-        found = explain(error)
-        pipe.send((f"{found.exception}: {found.message}", None))
+        while not failure:
+            found = None
+            try:
+                if driver is None:
+                    driver = opener(engine)
+                else:
+                    found = getattr(driver, name)(*args)
+            except Exception as error:
+                said = explain(error)
+                failure = f"{said.exception}: {said.message}"
+            pipe.send((failure, found))
+            if not failure:
+                name, args = pipe.recv()
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass  # whoever asked is gone
     finally:
         if driver is not None:
             driver.close()
