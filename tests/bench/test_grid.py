@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -140,18 +141,39 @@ TREES = st.one_of(
 )
 
 
-@pytest.mark.slow
-@settings(
-    max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+REAL = [path.read_bytes() for path in sorted((ROOT / "sweeps_config").rglob("*.yaml"))]
+SPLICED = st.builds(
+    lambda raw, at, cut, junk: raw[: at % len(raw)] + junk + raw[at % len(raw) + cut :],
+    st.sampled_from(REAL),
+    st.integers(0, 10**6),
+    st.integers(0, 30),
+    st.one_of(
+        st.binary(max_size=6),
+        st.sampled_from([b"\n", b": ", b"- ", b"&a ", b"*a", b"[", b"{", b"!!", b".inf", b"1e999"]),
+    ),
 )
-@given(tree=TREES, raw=st.one_of(st.none(), st.binary(max_size=40)))
-def test_fuzzed_grids_are_an_error_or_a_grid(tmp_path: Path, tree: object, raw: bytes | None) -> None:
+
+
+@settings(
+    max_examples=int(os.environ.get("NWOR_FUZZ", "200")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    raw=st.one_of(
+        TREES.map(lambda tree: yaml.safe_dump(tree).encode("utf-8", "surrogatepass")), SPLICED, st.binary(max_size=40)
+    )
+)
+def test_fuzzed_grids_are_an_error_or_a_grid(tmp_path: Path, raw: bytes) -> None:
+    """NWOR_FUZZ=5000 for more of them."""
     path = tmp_path / "g.yaml"
-    path.write_bytes(raw if raw is not None else yaml.safe_dump(tree).encode("utf-8", "surrogatepass"))
+    path.write_bytes(raw)
     try:
         loaded = grid.load(path, "quick", MODELS)
     except NworError as error:
         assert str(error)
+        assert "\n" not in str(error)
         return
     assert loaded.cells
     assert len({c.file for c in loaded.cells}) == len(loaded.cells)
+    assert all(c.engine.group and c.panel for c in loaded.cells)
