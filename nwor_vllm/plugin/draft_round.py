@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nwor_vllm.kernels import StopState
-from nwor_vllm.plugin.judge import DeviceJudge, HostJudge, Judge
+from nwor_vllm.plugin.judge import DeviceJudge, HostJudge, Judge, Scratch
 from nwor_vllm.plugin.messages import NO_ORDERS, DraftReport, Orders
 
 
@@ -15,7 +15,7 @@ class DraftRound:
     """The rows of a batch while their tokens are drafted, position by position.
 
     `dead` rows sample nothing in this step; `whole` rows must be drafted to the end, whatever the rule says. `state` is
-    where the kernels judge; None where the logits are host memory.
+    what outlives the round: the kernels' buffers, or on a CPU room for its logits.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class DraftRound:
         ids: Sequence[str],
         k: int,
         orders: Orders = NO_ORDERS,
-        state: StopState | None = None,
+        state: StopState | Scratch | None = None,
         dead: Sequence[bool] = (),
         whole: Sequence[int] = (),
         pads: bool = False,
@@ -35,7 +35,7 @@ class DraftRound:
         self.dead = [row for row, d in enumerate(dead) if d]
         for row in self.dead:
             self.limits[row] = 0
-        self.watches = k > 0 and (orders.stop.active or orders.observe)
+        self.watches = k > 0 and state is not None and (orders.stop.active or orders.observe)
         self.may_stop = orders.stop.active or any(n < k for n in self.limits)
         self.tokens: list[torch.Tensor] = []
         self.probs: list[torch.Tensor] = []
@@ -43,13 +43,11 @@ class DraftRound:
         self.forwards = 0
         self.on: Sequence[bool] = ()  # rows that want a token after the last one, where anything can stop
         self.judge: Judge | None = None
-        if self.watches:
+        if self.watches and state is not None:
             bias = [orders.bias.get(i, 0.0) for i in self.ids]
             whole = [row for row in whole if self.limits[row]]
-            if state is None:
-                self.judge = HostJudge(orders.stop, k, self.limits, bias, whole)
-            else:
-                self.judge = DeviceJudge(state, orders.stop, k, self.limits, bias, whole)
+            rows = orders.stop, k, self.limits, bias, whole
+            self.judge = HostJudge(state, *rows) if isinstance(state, Scratch) else DeviceJudge(state, *rows)
 
     def take(self, tokens: torch.Tensor, probs: torch.Tensor | None) -> bool:
         """The draft tokens of the next position, judged already; whether one more is worth drafting."""

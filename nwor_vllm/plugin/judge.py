@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nwor_vllm import kernels
 from nwor_vllm.policy import StopRule
@@ -41,35 +42,48 @@ def largest(logits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits.float().numpy().argmax(axis=1))
 
 
+class Scratch:
+    """Room for the logits of one position in fp32, kept: memory that is new costs more than the arithmetic in it."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0, 0)
+
+    def copy(self, logits: torch.Tensor) -> NDArray[np.float32]:
+        rows, vocab = logits.shape
+        if self.room.shape[0] < rows or self.room.shape[1] != vocab:
+            self.room = torch.empty(rows, vocab)
+        found: NDArray[np.float32] = self.room[:rows].copy_(logits).numpy()
+        return found
+
+
 class HostJudge:
     def __init__(
-        self, rule: StopRule, k: int, limits: Sequence[int], bias: Sequence[float], whole: Sequence[int]
+        self,
+        scratch: Scratch,
+        rule: StopRule,
+        k: int,
+        limits: Sequence[int],
+        bias: Sequence[float],
+        whole: Sequence[int],
     ) -> None:
+        self.scratch = scratch
         self.rows = Stopping(rule, k, limits, bias, whole)
         self.every = np.arange(len(limits))
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
         # The same statistic as kernels.reference.confidence: the winner is left out of the sum, not taken off it.
-        x = logits.float().numpy()
+        x = self.scratch.copy(logits)
         tokens = x.argmax(axis=1)
-        found = torch.from_numpy(tokens)
-        going = self.rows.going
-        if len(going) < len(tokens):
-            x, tokens = x[going], tokens[going]
-        every = self.every[: len(tokens)]
-        top = x[every, tokens]
+        top = x[self.every, tokens]
         with np.errstate(invalid="ignore"):  # a row without a distribution: NaN, or nothing but infinities
-            weight = x - top[:, None]
-            np.exp(weight, out=weight)
-            weight[every, tokens] = 0.0
-            others = weight.sum(axis=1)
-        self.rows.take(
-            [
-                1.0 / (1.0 + o) if math.isfinite(t) else math.nan
-                for o, t in zip(others.tolist(), top.tolist(), strict=True)
-            ]
-        )
-        return found
+            np.subtract(x, top[:, None], out=x)
+            np.exp(x, out=x)
+            x[self.every, tokens] = 0.0
+            others = np.add.reduce(x, axis=1).tolist()
+        tops, going = top.tolist(), self.rows.going
+        confidence = [1.0 / (1.0 + o) if math.isfinite(t) else math.nan for o, t in zip(others, tops, strict=True)]
+        self.rows.take(confidence if len(going) == len(tokens) else [confidence[r] for r in going])
+        return torch.from_numpy(tokens)
 
     def alive(self) -> Sequence[bool]:
         going = set(self.rows.going)

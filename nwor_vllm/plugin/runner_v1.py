@@ -20,6 +20,7 @@ from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.catch_up import CatchUp, usable
 from nwor_vllm.plugin.draft_round import IDLE, DraftRound
 from nwor_vllm.plugin.drafter_v1 import elastic
+from nwor_vllm.plugin.judge import Scratch
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of
 
 _StockRunner: Any = object  # the vLLM class that `adapt` puts behind the mixin
@@ -29,7 +30,7 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     nwor_config: NworConfig
     nwor_trims: bool  # asynchronous steps can be trimmed in the worker
     nwor_pads: bool
-    nwor_state: StopState | None  # where the kernels judge drafts; None on a CPU
+    nwor_state: StopState | Scratch
     nwor_last: DraftReport | None = None
     nwor_lengths: dict[str, int]  # draft tokens each request kept, where that is fewer than its placeholders
     nwor_cut: dict[str, int]
@@ -163,7 +164,7 @@ def adopt(runner: Any) -> None:
     k_max = runner.speculative_config.num_speculative_tokens
     drafter.nwor_host = host = runner.device.type == "cpu"
     drafter.nwor_draws = getattr(drafter, "_enable_probabilistic_draft_probs", True)
-    runner.nwor_state = None if host else StopState.create(runner.max_num_reqs, k_max, runner.device)
+    runner.nwor_state = Scratch() if host else StopState.create(runner.max_num_reqs, k_max, runner.device)
     runner.nwor_catch_up = CatchUp(drafter) if usable(runner) else None
     runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nwor_vllm.kernels import StopState
 from nwor_vllm.plugin.draft_round import DraftRound
+from nwor_vllm.plugin.judge import Scratch
 from nwor_vllm.plugin.messages import Orders
 from nwor_vllm.policy import StopRule
 
@@ -19,7 +20,7 @@ on_both = pytest.mark.parametrize("place", PLACES)
 
 
 def state_of(place):
-    return StopState.create(8, K) if place == "device" else None
+    return StopState.create(8, K) if place == "device" else Scratch()
 
 
 def logits_of(confidence):
