@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Set before anything imports vLLM. One thread each, so that two test processes do not fight over two cores.
 for _name, _value in {
@@ -21,6 +25,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+# What tests sample, they sample by this. Set before workers start, so all of them have the same.
+os.environ.setdefault("FUZZ_SEED", str(random.randrange(1000)))
+
 # A background job of a shell starts with Ctrl-C ignored, and would hand that down to the programs tested for it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +38,10 @@ def pytest_report_header() -> list[str]:
     if library.exists() and "libiomp5" not in os.environ.get("LD_PRELOAD", ""):
         return [f"engines will be slow and erratic: export LD_PRELOAD={library}, or use ./scripts/test.sh"]
     return []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"FUZZ_SEED={os.environ['FUZZ_SEED']} repeats what this run sampled")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
+SEED = int(os.environ["FUZZ_SEED"])
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 STEPS = int(os.environ.get("FUZZ_STEPS", "1000"))
 EPISODE = 500  # engine steps
