@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
         result = _suite(args, found, params)
     else:
         raise ConfigError("nothing to simulate; give --suite headline or --trace FILE ...")
-    about = {"policy": args.policy, "cost": found[0].name, "seeds": args.seeds, "wall_s": time.monotonic() - started}
-    result = {**about, **result}
+    result = {"policy": args.policy, "cost": found[0].name, "wall_s": time.monotonic() - started, **result}
     if args.json:
         print(json.dumps(result, indent=1))
     else:
@@ -81,9 +80,10 @@ def _suite(args: argparse.Namespace, found: list[curves.Curve], params: dict[str
         raise ConfigError(f"--only {args.only!r} names no workload; kinds: stationary, {', '.join(workloads.OTHERS)}")
     result: dict[str, Any] = {}
     for curve in found:
-        todo = [suite.Task(w, seed, curve, args.policy, params) for w in chosen for seed in range(args.seeds)]
+        seeds = args.seeds if curve is found[0] else max(1, args.seeds * 2 // 5)  # beside the headline, and in its time
+        todo = [suite.Task(w, seed, curve, args.policy, params) for w in chosen for seed in range(seeds)]
         rows = suite.run(todo, pool, args.jobs)
-        part = {**suite.summary(rows), "cells": rows}
+        part = {"cost": curve.name, "seeds": seeds, **suite.summary(rows), "cells": rows}
         if curve is found[0]:
             result = part
         else:
@@ -134,5 +134,5 @@ def _print(result: dict[str, Any]) -> None:
     for name, value in result.get("oracles", {}).items():
         print(f"oracles.{name} {value:.4f}" if isinstance(value, float) else f"oracles.{name} {value}")
     for part in (value for value in result.values() if isinstance(value, dict) and "cells" in value):
-        print(f"\n{part['cost']}:" if "cost" in part else "")
+        print(f"\n{part['cost']}, {part['seeds']} seeds:")
         _print(part)

@@ -20,9 +20,13 @@ SHARES = (0.1, 0.25)  # of a draft step, that a round pays for each draft of its
 
 
 def fixed_rates(load: Load, curve: Curve, lengths: Sequence[int]) -> dict[int, float]:
-    """Tokens per second of every fixed draft length."""
-    found = replay_tables(load, curve, [{load.batch: k} for k in lengths])
-    return {k: out.rate for k, out in zip(lengths, found, strict=True)}
+    """Tokens per second of every fixed draft length. Without drafts every step of a constant batch is the same."""
+    plain = (
+        {0: load.batch / float(curve.seconds(load.batch, load.batch, 0))} if 0 in lengths and not load.batches else {}
+    )
+    rest = [k for k in lengths if k not in plain]
+    found = replay_tables(load, curve, [{load.batch: k} for k in rest])
+    return plain | {k: out.rate for k, out in zip(rest, found, strict=True)}
 
 
 def o2(load: Load, curve: Curve, lengths: Sequence[int], rates: Mapping[int, float]) -> float:

@@ -62,6 +62,8 @@ def load_of(work: Workload, seed: int, tokens: int, pool: Pool) -> Load:
     rng = np.random.default_rng([seed, work.batch, *work.name.encode()])
 
     def some(name: str, count: int = REQUESTS) -> Trace:
+        if name not in pool:
+            raise MissingError(f"no trace of {name} for the workload {work.name!r}; `nwor record` makes them")
         whole = pool[name]
         return traces.select(whole, rng.permutation(whole.requests)[:count].tolist())
 
