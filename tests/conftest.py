@@ -7,11 +7,8 @@ import random
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Set before anything imports vLLM. One thread each, so that two test processes do not fight over two cores.
 for _name, _value in {

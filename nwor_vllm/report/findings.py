@@ -80,6 +80,10 @@ class Findings:
             found.setdefault(run.record.grid, []).append(run)
         return found
 
+    def baselines(self, grid: str) -> set[str]:
+        """What any run of this grid was held against."""
+        return {name for run in self.grids[grid] for name in run.against}
+
 
 def gather(folders: Iterable[Path]) -> Findings:
     """Every record in these folders and the folders in them, without what stands beside one or was superseded."""
@@ -128,7 +132,8 @@ def _run(record: Record, subject: Mode, best: BestFixed | None) -> Run:
         hit = next((found[name] for name in names if name in found), None)
         if hit is not None:
             against[baseline] = hit
-    return Run(record, subject, against, found.get("repeat"))
+    control = next((item for name, item in found.items() if name.partition("@")[0] == "repeat"), None)
+    return Run(record, subject, against, control)
 
 
 def _against(ratio: Ratio) -> Against:

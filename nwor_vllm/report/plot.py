@@ -27,7 +27,7 @@ def forest(runs: Sequence[Run]) -> str:
     per_run = [list(run.against.items()) for run in runs]
     height = TOP + sum(max(len(found), 1) * 11 + 12 for found in per_run) + 10
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time ratios with intervals">']
-    for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0):
+    for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0):
         if low <= tick <= high:
             kind = "one" if tick == 1.0 else "tick"
             parts.append(

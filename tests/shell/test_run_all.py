@@ -43,11 +43,11 @@ def start(copy: Path, *args: str) -> subprocess.Popen[str]:
     )
 
 
-def test_all_grids_in_order_then_the_comparison(copy: Path) -> None:
+def test_all_grids_in_order_then_the_report(copy: Path) -> None:
     process = start(copy)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert out.split() == [*GRIDS, "nwor", "compare", "sweeps/adaptive_grid"]
+    assert out.split() == [*GRIDS, "nwor", "report", "sweeps"]
     assert (copy / "sweeps" / "master_experiment.log").read_text().split() == list(GRIDS)
 
 
@@ -56,7 +56,7 @@ def test_goes_on_after_a_failure_and_names_it(copy: Path) -> None:
     process = start(copy)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert out.split() == list(GRIDS[1:])
+    assert out.split() == [*GRIDS[1:], "nwor", "report", "sweeps"]
     assert err.splitlines()[-1].startswith("run_all_experiments.sh: not complete: adaptive_grid;")
 
 
