@@ -12,20 +12,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nwor_vllm.policy.stop import Floats
 
-HINGES = np.array([0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0])  # verified tokens from which another slope may add up
+HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
-PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.0005, 0.02, 0.001, 0.002, 0.0001, 0.003, *[0.0005] * (len(HINGES) - 1)])
+PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.0005, *[0.0001] * (len(HINGES) - 1)])
 SIZE = len(PRIOR_SHARES)
 DRAFT, DRAFT_REQUEST, JUDGED, JUDGED_REQUEST, TOKENS = 2, 3, 6, 7, 8  # places in the vectors
-# The prior's standard deviation over the weight itself; judging costs next to nothing on a GPU and much on a CPU.
-PRIOR_WIDTH = np.array([5.0 if i in (JUDGED, JUDGED_REQUEST) else 1.0 for i in range(SIZE)])
+# The prior's standard deviation over the weight: judging and tokens cost next to nothing on a GPU, much on a CPU.
+PRIOR_WIDTH = np.array([1.0] * JUDGED + [5.0] * (SIZE - JUDGED))
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
 MEMORY = 2000.0  # steps
@@ -103,10 +102,10 @@ class Cost:
         return float(w[DRAFT] + w[JUDGED] + (w[DRAFT_REQUEST] + w[JUDGED_REQUEST]) * requests)
 
     def verify_slot(self, requests: float, tokens: float, context: float = 0.0) -> float:
-        """Seconds of one more verified draft, around `tokens` of them: the slope over a sixth either way."""
-        width = max(1.0, 0.15 * tokens)
-        low, high = self.predict(requests, np.array([tokens - width, tokens + width]), np.zeros(2), context)
-        return max(0.0, float(high - low)) / (2.0 * width)
+        """Seconds that each of the last quarter of `tokens` adds: what trimming saves."""
+        width = max(1.0, 0.25 * tokens)
+        low, high = self.predict(requests, np.array([tokens - width, tokens]), np.zeros(2), context)
+        return max(0.0, float(high - low)) / width
 
     def observe(self, steps: Sequence[Timed]) -> None:
         good = [s for s in steps if math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0]
@@ -158,25 +157,26 @@ class Cost:
         self.correction[row] = np.exp(total / (count + BUCKET_PRIOR))
 
     def _solve(self) -> None:
-        """Ridge towards the prior, weights not negative: coordinate descent from where it stands."""
-        ridge = 1.0 / (PRIOR_WIDTH * np.maximum(self.prior, 1e-12)) ** 2
-        a = (self.moment + np.diag(ridge)).tolist()
-        b = (self.target + ridge * self.prior).tolist()
-        w = self.weights.tolist()
-        for _ in range(6):
-            for i, row in enumerate(a):
-                rest = sum(map(mul, row, w)) - row[i] * w[i]
-                w[i] = max(0.0, (b[i] - rest) / row[i])
-        if not any(w):
-            w = self.prior.tolist()
-        self.weights = np.array(w)
+        """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""
+        scale = np.maximum(self.prior, 1e-12)
+        ridge = 1.0 / PRIOR_WIDTH**2
+        a = self.moment * np.outer(scale, scale) + np.diag(ridge)
+        b = self.target * scale + ridge
+        free = np.ones(SIZE, bool)
+        w = np.zeros(SIZE)
+        while free.any():
+            w[free] = np.linalg.solve(a[np.ix_(free, free)], b[free])
+            negative = free & (w < 0.0)
+            if not negative.any():
+                break
+            w[negative], free = 0.0, free & ~negative
+        self.weights = scale * w if w.any() else self.prior.copy()
 
     def seed(self, rows: Iterable[Sequence[float]]) -> None:
         """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before."""
         for n, verified, steps, judged, context, seconds in rows:
             self.observe([Timed(int(n), int(verified), int(steps), int(judged), int(context), float(seconds))])
-        for _ in range(50):
-            self._solve()
+        self._solve()
 
     def snapshot(self) -> dict[str, Any]:
         return {

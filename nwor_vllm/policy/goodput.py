@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -30,6 +30,9 @@ MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 LEARN_EVERY = 4  # steps learnt from in one go, once the first ones are behind: learning costs more than a small step
 EAGER_STEPS = 16
+PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
+SAMPLE = 64  # rows that say which is best
+TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 MOST_ROUNDS = 256  # learnt from in one go; a sample of the steps says as much as all of them
 
 
@@ -88,6 +91,11 @@ class _Batch:
             self.confidence[np.arange(limit) < self.shown[:, None]] = flat
 
 
+def _untrimmed(plan: Plan) -> Plan:
+    """The same drafts, all verified: only the difference tells what verification costs from what drafting costs."""
+    return replace(plan, caps={}, stop=plan.stop and replace(plan.stop, verify_cost=0.0))
+
+
 class Goodput:
     name = "goodput"
 
@@ -107,7 +115,7 @@ class Goodput:
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self.kept = -1.0  # drafts verified per request under the stop rule, moving average; -1 = none yet
+        self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
         self._decided: tuple[list[str], Plan, Plan] | None = None  # for whom, with and without confidence
@@ -128,6 +136,8 @@ class Goodput:
             self._last = Plan(forced, watch=False)
         else:
             self._last = self._plain if self.guard.fallback == PLAIN else judged
+            if self.steps % (8 if self.steps < 128 else 64) == 0:
+                self._last = _untrimmed(self._last)
         return self._last
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
@@ -135,19 +145,16 @@ class Goodput:
         rows = self._rows(requests)
         n = len(rows)
         survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
-        k, rate, tokens = self._best(n, survival, context)
+        k, rate, price = self._best(n, survival, context)
         self.rate = rate * self.ratio
         if k == 0:
             return Plan(0, watch=False), Plan(0, watch=False)
-        price = rate * self.cost.verify_slot(n, tokens, context)
         plain = Plan(k, self._caps(requests, survival, k, price), watch=False)
         if not self.params.confidence:
             return plain, plain
         if not self.sees_confidence:
             return Plan(k, plain.caps), plain
-        if self.kept >= 0:
-            tokens = n * (1.0 + self.kept)
-        price = self.rate * self.cost.verify_slot(n, tokens, context)
+        price = self.price if self.price >= 0 else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
         stop = self._stop_rule(survival, n, price)
         k = self.k_max if self.honoured > 0.5 else k
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
@@ -168,23 +175,25 @@ class Goodput:
                 effects.reset(fresh)
         return rows
 
-    def _curves(self, n: int, survival: Floats, price: float, context: int) -> tuple[Floats, Floats]:
-        """Expected tokens and seconds of every rung when only slots worth `price` are verified."""
-        worth = survival >= price
-        gain = np.concatenate([[0.0], np.cumsum((survival * worth).sum(axis=0))])[self._rungs]
-        slots = np.concatenate([[0.0], np.cumsum(worth.sum(axis=0))])[self._rungs]
-        return n + gain, np.maximum.accumulate(self.cost.predict(n, n + slots, self._rungs.astype(float), context))
-
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
-        """The best rung, its rate, and the tokens it verifies."""
-        tokens, seconds = self._curves(n, survival, 0.0, context)
-        rate = float((tokens / seconds).max())
-        if self.params.per_request and n > 1:
-            middle = n + float(self._rungs[int(np.argmax(tokens / seconds))]) * n
-            price = rate * self.cost.verify_slot(n, middle, context)
-            tokens, seconds = self._curves(n, survival, price, context)
-        best = int(np.argmax(tokens / seconds))
-        return self.ladder[best], float(tokens[best] / seconds[best]), float(n * (1 + self.ladder[best]))
+        """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
+        rungs = self._rungs.astype(float)
+        full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
+        seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
+        rates = (n + full) / seconds
+        best = int(rates.argmax())
+        k, rate = self.ladder[best], float(rates[best])
+        if not self.params.per_request or n == 1 or k == 0:
+            return k, rate, 0.0
+        # Trimming must pay as a whole: where verification is free up to a size, a slope across its end says nothing.
+        prices = rate * self.cost.verify_slot(n, n * (1.0 + k), context) * TRIMS
+        worth = survival >= prices[:, None, None]
+        sums = np.add.accumulate(np.stack([(survival * worth).sum(axis=1), worth.sum(axis=1)]), axis=2)
+        gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
+        seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
+        rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
+        trim, best = np.unravel_index(int(rates.argmax()), rates.shape)
+        return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
         total = survival.sum(axis=0)
@@ -255,9 +264,25 @@ class Goodput:
             soft[cut] = predicted[cut, batch.verified[cut]]
             self.calibration.learn_following(history, predicted, np.minimum(batch.drafted, batch.shown), batch.verified)
             self._check_honour(seen[-1], batch.confidence[batch.starts[-2] :])
+            self._learn_price(seen[-1].step, batch.starts[-2], predicted, batch)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
         self._compare(seen, batch, history, soft)
+
+    def _learn_price(self, step: Step, start: int, predicted: Floats, batch: _Batch) -> None:
+        """The survival that a judged slot must have: the threshold that would have served the last step best."""
+        survival = np.multiply.accumulate(predicted[start:], axis=1)[:SAMPLE]
+        survival = np.where(self._index < batch.shown[start:][:SAMPLE, None], survival, -1.0)
+        if not batch.shown[start:].any() or not self.params.per_request:
+            return
+        n = float(len(step.rounds))
+        worth = survival >= PRICES[:, None, None]
+        gain = (survival * worth).sum(axis=2).mean(axis=1)
+        slots = worth.sum(axis=2).mean(axis=1)
+        steps = np.full(len(PRICES), float(step.draft_steps))
+        seconds = self.cost.predict(n, n * (1.0 + slots), steps, step.context_tokens, steps)
+        best = float(PRICES[int(np.argmax((1.0 + gain) / seconds))])
+        self.price = best if self.price < 0 else self.price + 0.1 * (best - self.price)
 
     def _check_honour(self, seen: _Seen, confidence: Floats) -> None:
         step, last = seen.step, seen.plan
@@ -316,8 +341,6 @@ class Goodput:
             return
         for i in np.flatnonzero(whole).tolist():
             if seen[i].plan.stop is not None and seen[i].step.k == seen[i].plan.k:
-                mean = float(batch.verified[batch.starts[i] : batch.starts[i + 1]].mean())
-                self.kept = mean if self.kept < 0 else self.kept + 0.1 * (mean - self.kept)
                 achieved = float(tokens[i]) * self.ratio / (float(seconds[i]) * self.rate)
                 self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 
@@ -347,7 +370,7 @@ class Goodput:
             "visits",
             "rate",
             "ratio",
-            "kept",
+            "price",
         )
         parts = ("slots", "cost", "guard", "survival", "calibration")
         return {name: getattr(self, name) for name in scalars} | {p: getattr(self, p).snapshot() for p in parts}
