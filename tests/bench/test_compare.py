@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from nwor_vllm.bench import compare, measure, record
+from nwor_vllm.bench import compare, finish, record
 from nwor_vllm.bench.cli import main
 from nwor_vllm.errors import ConfigError, CorruptFileError, MissingError
 
@@ -134,10 +134,10 @@ def test_a_failed_run_leaves_only_its_own_pair_out(
 
 def test_lost_tokens_are_flagged_at_temperature_0(finished: Path) -> None:
     found = record.read(finished / "sweeps/oneoff_scenarios/scenario_a_code_completion.json")
-    assert measure.lossy(found.cell, found.comparisons) == []
-    bad = [found.comparisons[0].model_copy(update={"outputs": "1 of 72 differ, first 0/a"})]
-    assert "outputs differ from vanilla at temperature 0" in measure.lossy(found.cell, bad)[0]
-    assert measure.lossy(found.cell.model_copy(update={"temperature": 0.7}), bad) == []
+    assert finish.differing(found.comparisons) == []
+    bad = found.comparisons[0].model_copy(update={"verdict": "violation", "outputs": "violation: 1 of 72 differ"})
+    assert "1 of 72 differ" in finish.differing([bad])[0]
+    assert finish.differing([bad.model_copy(update={"verdict": "sampled"})]) == []
 
 
 def test_command_speaks_to_people_and_tools(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
