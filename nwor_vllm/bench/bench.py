@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from nwor_vllm.bench import plan, record, study
+from nwor_vllm.bench import plan, record, sidecars, study
 from nwor_vllm.bench.grid import Grid
 from nwor_vllm.bench.measure import run_group
 from nwor_vllm.bench.ncu import profile
@@ -24,6 +24,13 @@ from nwor_vllm.bench.session import Session
 from nwor_vllm.errors import ConfigError, NworError
 
 HEARTBEAT_S = 60.0
+# What --benchmark says otherwise.
+GRID_ONLY = {
+    "out": "--output-dir", "profile": "the variable PROFILE", "target": "--model", "dataset": "--benchmark itself",
+    "drafter": "`speculative_decoding.model` of --config", "method": "`speculative_decoding.method` of --config",
+    "tensor_parallel_size": "`engine.tensor_parallel_size` of --config", "seeds": "an --output-dir each",
+    "only": "one run, always",
+}  # fmt: skip
 
 
 class Busy(NworError):
@@ -37,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", type=Path, help="instead of a grid: a JSONL or ShareGPT file, run once")
     parser.add_argument("--config", type=Path, help="with --benchmark: model, generation, engine, speculative_decoding")
     parser.add_argument("--model", help="with --benchmark: the target, over the one in --config")
+    parser.add_argument(
+        "--gamma", nargs="+", metavar="K", help="with --benchmark: each of these draft lengths, interleaved"
+    )
     parser.add_argument("--output-dir", type=Path, help="with --benchmark: metrics.json, responses.jsonl, config.yaml")
     parser.add_argument("--group", help="only this engine group (as `nwor plan --groups` prints them)")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
@@ -126,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
             failed = _run(chosen, args, out)
     for item in failed:
         print(f"nwor: failed: {item.path}", file=sys.stderr)
+    if args.benchmark is not None and not failed:
+        print(sidecars.table(sidecars.read_summary(chosen[0].path)))
     return 1 if failed else _exhausted(planned, args.group)
 
 
@@ -133,11 +145,18 @@ def _what(args: argparse.Namespace) -> tuple[Grid, Path]:
     if (args.grid is None) == (args.benchmark is None):
         raise ConfigError("name a GRID.yaml, or --benchmark FILE with --output-dir")
     if args.grid is not None:
+        if args.gamma is not None:
+            raise ConfigError("--gamma belongs to --benchmark; a grid has `ladder` and the reference best_fixed")
         return plan.resolve(args, os.environ)
     if args.output_dir is None:
         raise ConfigError("--benchmark needs --output-dir")
+    for name in GRID_ONLY:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to a grid; with --benchmark it is {GRID_ONLY[name]}")
     args.only = ""
-    grid, out = study.load(args.benchmark, args.config, args.model, args.output_dir, os.environ)
+    grid, out = study.load(
+        args.benchmark, args.config, args.model, args.output_dir, os.environ, plan.cell_flags(args), args.gamma or ()
+    )
     require_models(grid.cells)
     return grid, out
 

@@ -114,7 +114,15 @@ class Cell(Frozen):
         return value
 
     @model_validator(mode="after")
-    def _gaps_need_a_rate(self) -> Cell:
+    def _holds_together(self) -> Cell:
+        engine = self.engine
+        if engine.draft_length and not engine.elastic:
+            moving = {"vanilla", "best_fixed"} & set(self.references)
+            if engine.method == "none":
+                raise ValueError("method none drafts nothing; set draft_length to 0")
+            if moving or self.adaptive or self.threshold:
+                what = f"references {', '.join(sorted(moving))}" if moving else "adaptive and threshold"
+                raise ValueError(f"method {engine.method} drafts every position in one pass, so it has no {what}")
         if self.burstiness != 1.0 and self.request_rate == "inf":
             raise ValueError("burstiness is set and request_rate is inf, which leaves no gaps; set request_rate too")
         return self

@@ -52,7 +52,8 @@ def examine(cell: Cell, out: Path, max_attempts: int = record.MAX_ATTEMPTS) -> P
         return Planned(cell, key, path, "pending", f"invalid: {error}", 0, None)
     if old.key != key:
         why = provenance.difference(old.provenance.get("identity", {}), cell, old.cell)
-        return Planned(cell, key, path, "pending", f"other key: {why}", 0, old.seconds)
+        like = old.status == "done" and old.cell.engine.target == cell.engine.target
+        return Planned(cell, key, path, "pending", f"other key: {why}", 0, old.seconds if like else None)
     if old.status == "failed":
         failure = old.failure.message if old.failure else ""
         state = "exhausted" if old.attempts >= max_attempts else "pending"
@@ -69,10 +70,23 @@ def examine_all(grid: Grid, out: Path, only: str = "", max_attempts: int = recor
 
 def estimate_s(planned: Sequence[Planned]) -> float | None:
     """From past records: seconds a batch token, times what is pending. None without a past."""
+    pending = [p for p in planned if p.runnable]
     rates = [p.seconds / _size(p.cell) for p in planned if p.seconds]
-    if not rates:
-        return None
-    return statistics.median(rates) * sum(_size(p.cell) for p in planned if p.runnable)
+    rates = rates or (_rates_beside(pending[0]) if pending else [])
+    return statistics.median(rates) * sum(_size(p.cell) for p in pending) if rates else None
+
+
+def _rates_beside(item: Planned) -> list[float]:
+    """Of the same models in other grids' folders."""
+    found = []
+    for path in sorted(item.path.parents[1].glob("*/*.json")):
+        try:
+            old = record.read(path)
+        except record.UNREADABLE:
+            continue
+        if old.status == "done" and old.cell.engine.target == item.cell.engine.target:
+            found.append(old.seconds / _size(old.cell))
+    return found
 
 
 def _size(cell: Cell) -> int:
@@ -128,6 +142,12 @@ def given_flags(args: argparse.Namespace) -> list[str]:
     return given
 
 
+def cell_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of any run, of a grid or not."""
+    named = {name: getattr(args, name) for name in ("policy", "batches", "references")}
+    return {name: value for name, value in named.items() if value is not None} | load.settings(args)
+
+
 def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Grid, Path]:
     """The grid with every setting decided, and its folder."""
     profile = args.profile or environ.get("PROFILE") or ("full" if provenance.gpus() else "embedded")
@@ -139,10 +159,10 @@ def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Grid,
         value = getattr(args, field) if getattr(args, field) is not None else environ.get(variable) or None
         if value is not None:
             overrides[field] = _whole(variable, value) if field == "tensor_parallel_size" else value
-    for field in ("method", "dataset", "policy", "batches", "references"):
+    for field in ("method", "dataset"):
         if getattr(args, field) is not None:
             overrides[field] = getattr(args, field)
-    overrides |= load.settings(args)
+    overrides |= cell_flags(args)
     if overrides["method"] in ("none", "ngram"):
         overrides["drafter"] = ""
     seeds = args.seeds if args.seeds is not None else _whole("NUM_SEEDS", environ.get("NUM_SEEDS") or 1)

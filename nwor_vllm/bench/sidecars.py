@@ -103,6 +103,15 @@ def _mean(values: Sequence[object]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def read_summary(path: Path) -> list[Row]:
+    """Of the record at `path`, as `summary` made it."""
+    with (path.with_suffix("") / "summary.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {**row, **{name: float(row[name]) if row[name] else None for name in SUMMARY}}
+            for row in csv.DictReader(file)
+        ]
+
+
 def table(means: Sequence[Row]) -> str:
     """The same for the console: the columns of the split systems' benchmark, by draft length."""
     width = 90

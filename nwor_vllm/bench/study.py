@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ EMBEDDED_ENGINE = {"tensor_parallel_size": 1, "max_model_len": 1024, "enforce_ea
 
 
 def load(
-    benchmark: Path, config: Path | None, model: str | None, output: Path, environ: Mapping[str, str] | None = None
-) -> tuple[Grid, Path]:
-    """One cell over the whole file, in one batch; its record stands beside the output folder, named like it."""
+    benchmark: Path, config: Path | None, model: str | None, output: Path, environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None, gammas: Sequence[str] = (),
+) -> tuple[Grid, Path]:  # fmt: skip
+    """One cell over the whole file, in one batch; its record stands beside the output folder, named like it.
+
+    `flags` are settings of the run that win over the configuration's; `gammas` are draft lengths to measure each.
+    """
     environ = environ or {}
     data = read_mapping(config) if config is not None else {}
     for key in data:
@@ -47,21 +51,35 @@ def load(
     if not target:
         raise ConfigError("which model? name it with --model or as `model` in the --config file")
     draft_length = speculation.get("num_speculative_tokens", 5) if speculation else 0
+    ladder = _ladder(gammas, speculation)
+    draft_length = ladder[-1] if ladder else draft_length
     rows = workload.read_file(benchmark)
     try:
         engine = Engine(
             target=target, drafter=drafter, method=method,
-            draft_length=draft_length, max_num_seqs=min(len(rows), 256), **parts["engine"],
+            draft_length=draft_length, ladder=ladder, max_num_seqs=min(len(rows), 256), **parts["engine"],
         )  # fmt: skip
+        references = (("vanilla", "best_fixed") if ladder else ("vanilla",)) if engine.elastic else ()
+        settings = {"max_tokens": 512, "temperature": 0.0, "references": references, "batches": 1}
         cell = Cell(
-            engine=engine, requests=len(rows), draft_length=draft_length, batches=1, warmup_batches=1,
-            dataset=str(benchmark), references=("vanilla",) if engine.elastic else (),
+            engine=engine, requests=len(rows), draft_length=draft_length, warmup_batches=1, dataset=str(benchmark),
             grid="study", id=output.name, file=f"{output.name}.json",
-            **{"max_tokens": 512, "temperature": 0.0, **parts["generation"]},
+            **{**settings, **parts["generation"], **(flags or {})},
         )  # fmt: skip
     except ValidationError as error:
         raise first_problem(error, str(config or "--benchmark")) from None
     return Grid(name="study", out=str(output.parent), cells=(cell,)), output.parent
+
+
+def _ladder(gammas: Sequence[str], speculation: Mapping[str, Any]) -> tuple[int, ...]:
+    if not gammas:
+        return ()
+    if not speculation:
+        raise ConfigError("--gamma needs a drafter: a --config with speculative_decoding")
+    lengths = {int(text) for text in gammas if text.isdecimal() and 1 <= int(text) <= 64}
+    if len(lengths) < len(gammas):
+        raise ConfigError(f"--gamma is {' '.join(gammas)}; expected different draft lengths in 1..64")
+    return (0, *sorted(lengths))
 
 
 def _pinned(section: Mapping[str, Any], where: str) -> str:

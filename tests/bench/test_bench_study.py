@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from nwor_vllm.bench import plan, record, study
+from nwor_vllm.bench import arms, plan, record, study
 from nwor_vllm.bench.cli import main
 from nwor_vllm.bench.measure import run_group
 from nwor_vllm.errors import ConfigError
@@ -78,6 +78,30 @@ def test_its_three_files_are_in_the_output_folder(scripted: ModuleType, benchmar
     assert record.read(tmp_path / "results" / "one.json").status == "done"
 
 
+def test_flags_win_over_the_configuration_and_gammas_are_measured_each(benchmark: Path, tmp_path: Path) -> None:
+    drafting = config(tmp_path, model="m", speculative_decoding={"method": "ngram", "num_speculative_tokens": 4})
+    flags = {"request_rate": 2.0, "slo": {"ttft": 100.0}, "batches": 3}
+    (cell,) = study.load(benchmark, drafting, None, tmp_path / "one", None, flags, ["8", "1", "3"])[0].cells
+    assert (cell.request_rate, cell.slo, cell.batches) == (2.0, {"ttft": 100.0}, 3)
+    assert (cell.engine.ladder, cell.draft_length, cell.arm) == ((0, 1, 3, 8), 8, "fixed")
+    assert [arm.draft_length for arm in arms.of_panel([cell])] == [8, 0, 1, 3]
+
+
+@pytest.mark.parametrize("gammas", [["0", "1"], ["3", "3"], ["x"], ["65"], ["-1"], ["2.5"]])
+def test_gammas_are_draft_lengths(benchmark: Path, tmp_path: Path, gammas: list[str]) -> None:
+    drafting = config(tmp_path, model="m", speculative_decoding={"method": "ngram"})
+    with pytest.raises(ConfigError, match="expected different draft lengths"):
+        study.load(benchmark, drafting, None, tmp_path / "one", None, None, gammas)
+
+
+def test_what_an_engine_cannot_do_is_not_asked_of_it(benchmark: Path, tmp_path: Path) -> None:
+    drafting = config(tmp_path, model="m", speculative_decoding={"method": "dflash", "model": "d"})
+    (cell,) = study.load(benchmark, drafting, None, tmp_path / "one")[0].cells
+    assert (cell.arm, cell.references) == ("fixed", ())
+    with pytest.raises(ConfigError, match="dflash drafts every position in one pass, so it has no references vanilla"):
+        study.load(benchmark, drafting, None, tmp_path / "one", None, {"references": ("vanilla",)})
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -86,6 +110,12 @@ def test_its_three_files_are_in_the_output_folder(scripted: ModuleType, benchmar
         (["--benchmark", "b.jsonl"], "needs --output-dir"),
         (["--benchmark", "b.jsonl", "--output-dir", "d"], "which model?"),
         (["--benchmark", "b.jsonl", "--output-dir", "d", "--model", "m"], "b.jsonl does not exist"),
+        (
+            ["--benchmark", "b.jsonl", "--output-dir", "d", "--target", "m"],
+            "--target belongs to a grid; with --benchmark",
+        ),
+        (["--benchmark", "b.jsonl", "--output-dir", "d", "--model", "m", "--gamma", "3"], "--gamma needs a drafter"),
+        (["g.yaml", "--gamma", "3"], "--gamma belongs to --benchmark"),
     ],
 )
 def test_wrong_flags_are_one_line(
