@@ -63,7 +63,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_requests = RequestCounts()
         self.nwor_rounds: list[Round] = []
         self.nwor_started = self.nwor_ended = time.perf_counter()
-        self.nwor_busy = False
+        self.nwor_busy = self.nwor_told = False
         engine = self.vllm_config.parallel_config.data_parallel_index
         self.nwor_publisher = Publisher(file_of(launcher(), engine))
         serve_control()
@@ -194,6 +194,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 confidence = report.confidence.get(request_id, ())
                 self.nwor_drafted[request_id] = _Drafted(max(length, len(confidence)), confidence)
                 skipped += report.k - length
+                if 0.0 in confidence and not self.nwor_told:  # no distribution has such a maximum
+                    self.nwor_told = True
+                    compat.log.warning("nwor: the drafter's logits are not finite, so its drafts end: %s", request_id)
         self.nwor_counters.report(report, skipped, caps)
 
     def nwor_control(self, change: dict[str, Any]) -> dict[str, Any]:
