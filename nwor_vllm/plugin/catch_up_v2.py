@@ -41,7 +41,7 @@ class Fed(_StockSpeculator):  # type: ignore[misc]
 
     @property
     def block_size(self: Any) -> int:
-        return min(self.block_tables.block_sizes)
+        return int(min(self.block_tables.block_sizes))
 
     @property
     def max_batch_size(self: Any) -> int:

@@ -139,7 +139,7 @@ def test_a_setting_that_is_wrong_changes_nothing(engine):
         assert control.snapshot(engine)["settings"] == before
 
 
-def test_nan_logits_stop_the_draft_and_nothing_else(engine, truth, token_prompts, monkeypatch):
+def test_nan_logits_stop_the_draft_and_nothing_else(engine, truth, token_prompts, monkeypatch, caplog):
     import torch
 
     from nwor_vllm.bench.backends import vllm as backend
@@ -148,8 +148,11 @@ def test_nan_logits_stop_the_draft_and_nothing_else(engine, truth, token_prompts
     stock = proposer.model.compute_logits
     monkeypatch.setattr(proposer.model, "compute_logits", lambda h: torch.full_like(stock(h), torch.nan))
     backend.switch(engine, RULES[3])
-    assert backend.generate(engine, token_prompts, **GREEDY) == truth[0]
+    with caplog.at_level("WARNING", "vllm.nwor"):
+        assert backend.generate(engine, token_prompts, **GREEDY) == truth[0]
     assert backend.counters(engine)["verified_tokens"] == 0
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "vllm.nwor"]
+    assert said.startswith("nwor: the drafter's logits are not finite, so its drafts end: ")
 
 
 def test_rejected_and_stopped_rows_change_no_acceptance(engine, token_prompts):

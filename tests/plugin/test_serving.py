@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from importlib import metadata
 
 import pytest
 
@@ -37,19 +39,23 @@ EXTRAS = [
 ]
 
 
+API_SERVER = ["vllm.entrypoints.openai.api_server", "--model"]
+SERVE = ["vllm.entrypoints.cli.main", "serve"]  # what the command `vllm serve` runs
+
+
 @contextmanager
-def server(folder, *flags, **environ):
+def server(folder, *flags, program=API_SERVER, **environ):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
-        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
+        sys.executable, "-m", *program, str(folder), "--served-model-name", "m", "--port", str(port),
+        "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
         "--max-num-seqs", "16", *flags,
     ]  # fmt: skip
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environ
     said = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, after the server that writes to it
-    process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
     base = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 900
@@ -66,9 +72,9 @@ def server(folder, *flags, **environ):
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         said.close()
 
 
@@ -101,24 +107,43 @@ def ask(base, prompts):
 
 
 def scrape(base):
+    """Our samples by name and engine; those with more labels are here by their names only."""
     from prometheus_client.parser import text_string_to_metric_families
 
     return {
-        sample.name: sample.value
+        (sample.name, sample.labels["engine"]): sample.value
         for family in text_string_to_metric_families(fetch(f"{base}/metrics"))
         for sample in family.samples
         if sample.name.startswith("nwor_")
     }
 
 
-def check(target, drafter, prompts):
+@pytest.fixture(scope="module")
+def pair():
+    from nwor_vllm import zoo
+
+    prompts = [p["prompt"] for p in zoo.prompts("all", 8, seed=5)]
+    return zoo.path("target"), zoo.path("eagle"), [prompts[i % len(prompts)] for i in range(64)]
+
+
+@pytest.fixture(scope="module")
+def truth(pair):
+    """The answers of a server that does not speculate."""
+    with server(pair[0]) as base:
+        return ask(base, pair[2])
+
+
+def switched_on(drafter, **settings):
+    speculative = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": 5}
+    on = {"nwor": settings}
+    return "--speculative-config", json.dumps(speculative), "--additional-config", json.dumps(on)
+
+
+def test_sixty_four_requests_of_all_kinds(pair, truth):
     from nwor_vllm.plugin.metrics import NAMES
 
-    with server(target) as base:
-        truth = ask(base, prompts)
-    speculative = json.dumps({"method": "eagle", "model": str(drafter), "num_speculative_tokens": 5})
-    settings = json.dumps({"nwor": {"control_endpoint": True, "early_exit": {"threshold": 0.2}}})
-    flags = ("--speculative-config", speculative, "--additional-config", settings)
+    target, drafter, prompts = pair
+    flags = switched_on(drafter, control_endpoint=True, early_exit={"threshold": 0.2})
     with server(target, *flags, VLLM_PLUGINS="nwor", NWOR_CONTROL_TOKEN=TOKEN) as base:
         assert ask(base, prompts) == truth
         assert status(f"{base}/nwor", {}) == (401, "send NWOR_CONTROL_TOKEN as a bearer token")
@@ -134,19 +159,25 @@ def check(target, drafter, prompts):
         ask(base, prompts[:1])
         found = json.loads(fetch(f"{base}/nwor", token=TOKEN))["counters"]
         served = scrape(base)
-        assert set(served) == NAMES
-        assert 0 < served["nwor_accepted_tokens_total"] <= found["accepted_tokens"]
-    return found
+        assert set(served) == {(name, "0") for name in NAMES}
+        assert 0 < served["nwor_accepted_tokens_total", "0"] <= found["accepted_tokens"]
 
 
-@pytest.fixture(scope="module")
-def pair():
-    from nwor_vllm import zoo
-
-    return zoo.path("target"), zoo.path("eagle"), [p["prompt"] for p in zoo.prompts("all", 8, seed=5)]
-
-
-def test_sixty_four_requests_of_all_kinds(pair):
+def test_data_parallel_ranks_of_a_dense_model_plan_for_themselves(pair, truth, tmp_path):
+    """`vllm serve` answers from as many API servers as there are ranks: each serves the numbers of both."""
     target, drafter, prompts = pair
-    found = check(target, drafter, [prompts[i % len(prompts)] for i in range(64)])
-    assert found["accepted_tokens"] > 0
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:  # the CPU build has another name, which the command does not know
+        folder = tmp_path / "vllm-0+cpu.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
+    ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(tmp_path)}
+    with server(target, *switched_on(drafter), "--data-parallel-size", "2", program=SERVE, **ranks) as base:
+        for _ in range(2):
+            assert ask(base, prompts) == truth
+            time.sleep(1.1)
+        ask(base, prompts[:8])
+        served = scrape(base)
+    assert served["nwor_accepted_tokens_total", "0"] > 0
+    assert served["nwor_accepted_tokens_total", "1"] > 0

@@ -97,14 +97,19 @@ def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tupl
 
 
 def _pause(llm: Any, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Drafting pauses for some steps: with the drafter fed afterwards, against one that is fed at every step."""
-    drafter = _runner(llm).speculator
-    catch_up, pauses = drafter.nwor_catch_up, range(4, 12)
-    tokens, counts = decode(llm, prompts, pauses, MAX_TOKENS)
+    """Drafting pauses for some steps: the drafter fed afterwards, fed at every step, and not fed what it missed."""
+    drafter, pauses, long = _runner(llm).speculator, range(2, 12), 26
+    catch_up = drafter.nwor_catch_up
+    tokens, counts = decode(llm, prompts, pauses, long)
     drafter.nwor_catch_up = None
-    fed_tokens, fed = decode(llm, prompts, pauses, MAX_TOKENS)
+    always_tokens, always = decode(llm, prompts, pauses, long)
     drafter.nwor_catch_up = catch_up
-    return {"differences": _differ(tokens, fed_tokens), "left": len(catch_up.steps), "fed": fed, **counts}
+    replay = catch_up.replay
+    catch_up.replay = lambda ids, batch: catch_up.forget(ids) or 0
+    holes_tokens, holes = decode(llm, prompts, pauses, long)
+    catch_up.replay = replay
+    differences = _differ(tokens, always_tokens) + _differ(holes_tokens, always_tokens)
+    return {"differences": differences, "left": len(catch_up.steps), "always": always, "holes": holes, **counts}
 
 
 def _differ(got: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> int:
