@@ -1,15 +1,13 @@
 """An engine whose times are known: what a kill, a failure or a planted slowdown does must not depend on the machine.
 
-Run as `scripted_engine.py GRID.yaml OUT`, it does what `nwor bench` does after its flags are read.
+scripted_bench.py is `nwor` with this engine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,8 +113,3 @@ def run_grid(path: Path, out: Path, driver: Scripted, only: str = "") -> list[pl
             if item.runnable:
                 groups.setdefault(item.cell.engine.group, []).append(item)
         return [item for group in groups.values() for item in run_group(group, session(driver))]
-
-
-if __name__ == "__main__":
-    failed = run_grid(Path(sys.argv[1]), Path(sys.argv[2]), Scripted({}, pause_s=float(os.environ.get("PAUSE_S", "0"))))
-    sys.exit(1 if failed else 0)

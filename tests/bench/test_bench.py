@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -138,35 +134,6 @@ def test_one_process_a_grid(tmp_path: Path) -> None:
         pass
     with bench.locked(tmp_path, wait=False):
         pass
-
-
-@pytest.mark.slow
-def test_killed_at_thirty_moments_the_set_is_the_undisturbed_one(small: Path, tmp_path: Path) -> None:
-    """SIGKILL to the whole group: at every moment each record under its final name is whole."""
-    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    script = str(Path(__file__).with_name("scripted_engine.py"))
-    rng = random.Random(11)
-    environ = {**os.environ, "PAUSE_S": "0.01"}
-    for _ in range(30):
-        child = subprocess.Popen([sys.executable, script, str(small), str(out)], env=environ, start_new_session=True)
-        time.sleep(rng.uniform(0.3, 2.5))
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for path in out.glob("*.json"):
-            record.read(path)
-        if child.returncode == 0 and rng.random() < 0.5:
-            shutil.rmtree(out)  # done before the kill: start over, so that every round has something to interrupt
-    subprocess.run([sys.executable, script, str(small), str(out)], env=environ, check=True)
-    subprocess.run([sys.executable, script, str(small), str(undisturbed)], env=environ, check=True)
-
-    def shape(folder: Path) -> dict[str, tuple[str, str, int]]:
-        found = {p.name: record.read(p) for p in folder.glob("*.json")}
-        return {
-            name: (r.config_key, r.status, len(r.summary.per_mode) if r.summary else 0) for name, r in found.items()
-        }
-
-    assert shape(out) == shape(undisturbed)
-    assert not list(out.rglob("*.partial"))
 
 
 def test_engine_groups_of_a_grid_may_run_side_by_side_but_not_with_all_of_it(tmp_path: Path) -> None:
