@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +83,10 @@ def load(path: Path) -> Trace:
         with np.load(path, allow_pickle=False) as data:
             header = json.loads(bytes(data["header"]))
             if header.get("format") != FORMAT:
-                raise CorruptFileError(f"{path} is no trace: its format is {header.get('format')!r}, not {FORMAT!r}")
+                raise CorruptFileError(f"no trace: its format is {header.get('format')!r}, not {FORMAT!r}")
             if header["version"] != VERSION:
                 raise CorruptFileError(
-                    f"{path} is a trace of version {header['version']}; this reads version {VERSION}: record it anew"
+                    f"a trace of version {header['version']}; this reads version {VERSION}: record it anew"
                 )
             return Trace(
                 starts=data["starts"].astype(np.int64),
@@ -97,8 +96,11 @@ def load(path: Path) -> Trace:
                 steps=data["steps"].astype(np.float64),
                 about=dict(header["about"]),
             )
-    except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise CorruptFileError(f"{path} is damaged or no {FORMAT} file (version {VERSION}): {error}") from error
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path}: {error}") from error
+    except Exception as error:  # zipfile, zlib, numpy and json each have errors of their own for damage
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CorruptFileError(f"{path} is damaged or no {FORMAT} file (version {VERSION}): {why}") from error
 
 
 def to_bytes(confidence: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from nwor_vllm.bench.sim.load import Lanes, Load
 from nwor_vllm.bench.sim.replay import replay, replay_fixed
 from nwor_vllm.bench.sim.synthetic import DOMAINS, WORTHLESS, Domain, generate
 from nwor_vllm.bench.traces import Trace
-from nwor_vllm.policy import Plan, Step, StopRule, make_policy
+from nwor_vllm.policy import Plan, Policy, Step, StopRule, make_policy
 from nwor_vllm.policy.fixed import FixedParams
 from nwor_vllm.policy.stop import evaluate
 
@@ -224,6 +226,29 @@ def test_bursts_change_how_many_run() -> None:
     assert min(running) == 2
     assert max(running) == 12
     assert (slow.tokens, slow.steps, slow.rounds) == (fast.tokens, fast.steps, fast.rounds)
+
+
+class BadClock:
+    """A policy behind a clock that stands still, runs backwards, or slept for ten minutes, every few steps."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.wrong = policy, itertools.cycle((600.0, -3.0, 0.0, math.nan, 1e-9, math.inf))
+        self.plan, self.forget, self.seen = policy.plan, policy.forget, 0
+
+    def observe(self, step: Step) -> None:
+        self.seen += 1
+        self.policy.observe(replace(step, seconds=next(self.wrong)) if self.seen % 5 == 0 else step)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("name", ["goodput", "throughput", "acceptance", "feedback"])
+def test_a_clock_that_is_wrong_every_fifth_step_is_survived(name: str, batch: int) -> None:
+    lengths = (0, 1, 3, 8)
+    trace = generate(DOMAINS[1], 40, 60, 8, 3)
+    load = Load(trace, tuple(range(40)), batch, 1500 * max(1, batch // 3))
+    right = replay(make_policy(name, None, lengths), load, CURVE)
+    wrong = replay(BadClock(make_policy(name, None, lengths)), load, CURVE)
+    assert wrong.rate > (0.95 if name == "goodput" else 0.5) * right.rate
 
 
 def test_fit_follows_measured_rows() -> None:

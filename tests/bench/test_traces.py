@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nwor_vllm.bench import traces
 from nwor_vllm.bench.sim.synthetic import DOMAINS, generate
@@ -86,3 +88,29 @@ def test_join_keeps_every_request(trace: traces.Trace) -> None:
     assert both.requests == 8
     assert both.k_max == 5
     assert (both.accepted[both.starts[5] :] == other.accepted).all()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_one_line_or_harmless(trace: traces.Trace, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "a.npz"
+    if not path.exists():
+        traces.save(trace, path)
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole)
+    try:
+        traces.load(broken)
+    except CorruptFileError as error:
+        assert "\n" not in str(error)
+        assert str(broken) in str(error)
+
+
+def test_chosen_requests_keep_their_rounds(trace: traces.Trace) -> None:
+    some = traces.select(trace, [3, 0])
+    assert some.requests == 2
+    size = trace.starts[4] - trace.starts[3]
+    assert (some.accepted[:size] == trace.accepted[trace.starts[3] : trace.starts[4]]).all()
+    assert (some.accepted[size:] == trace.accepted[: trace.starts[1]]).all()
