@@ -23,7 +23,6 @@ from nwor_vllm.errors import ConfigError, MissingError, NworError
 
 LOST = -1
 SCRATCH = "nwor-sweep-"
-GRACE_S = 60.0
 # What this side's environment decides on a worker; of the rest, secrets never travel.
 TRAVELS = ("OMP_NUM_THREADS", "LD_PRELOAD", "PROFILE", "TARGET_MODEL", "DRAFT_MODEL", "TENSOR_PARALLEL_SIZE", "ONLY",
            "NUM_SEEDS", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")  # fmt: skip
@@ -102,6 +101,7 @@ class Task:
     held: ExitStack
     where: str = "ray"
     code: int | None = None
+    spoiled: bool = False  # it sent what cannot be kept
 
 
 class OnRay:
@@ -157,40 +157,40 @@ class OnRay:
         for task in over:
             self.tasks.remove(task)
             task.held.close()
-        return [(task.job, LOST if task.code is None else task.code) for task in over]
+        return [(task.job, task.code) for task in over if task.code is not None]
 
     def _receive(self, task: Task) -> None:
         try:
             kind, value = self.ray.get(next(task.stream))
-            if kind == "code":
-                task.code = value
-            elif kind == "record":
-                bring_home(task.job, *value)
-            elif kind == "where":
-                task.where = value
-                self.emit(task.job, f"{time.strftime('%H:%M:%S')} {task.job.name} runs on {value}")
-            else:
-                self.emit(task.job, value)
-        except (StopIteration, self.ray.exceptions.RayTaskError, NworError) as error:
-            self._end(task, 1, getattr(error, "cause", error))
+        except StopIteration:
+            task.code = LOST
+            return
         except self.ray.exceptions.RayError as error:
-            self._end(task, LOST, error)
-
-    def _end(self, task: Task, code: int, why: BaseException) -> None:
-        task.code = code
-        self.emit(task.job, f"nwor: {task.job.name} on {task.where}: {_first_line(why)}")
-        self.ray.cancel(task.stream)
+            raised = isinstance(error, self.ray.exceptions.RayTaskError)
+            self.emit(
+                task.job, f"nwor: {task.job.name} on {task.where}: {_first_line(error.cause if raised else error)}"
+            )
+            task.code = 1 if raised else LOST
+            return
+        if kind == "code":
+            task.code = value or int(task.spoiled)
+        elif kind == "record":
+            try:
+                bring_home(task.job, *value)
+            except NworError as error:
+                self.emit(task.job, f"nwor: {task.job.name} on {task.where}: {error}")
+                task.spoiled = True
+        elif kind == "where":
+            task.where = value
+            self.emit(task.job, f"{time.strftime('%H:%M:%S')} {task.job.name} runs on {value}")
+        else:
+            self.emit(task.job, value)
 
     def stop(self) -> None:
-        """Cancelled, a task ends its engine; its process is killed only if that takes too long."""
-        for task in self.tasks:
-            self.ray.cancel(task.stream)
-        end = time.monotonic() + GRACE_S
-        while any(task.code is None for task in self.tasks) and time.monotonic() < end:
-            self.ended()
+        """Without us Ray ends our workers, and the kernel their engines. (Cancelled streams abort Ray 2.60.)"""
+        self.ray.shutdown()
         for task in self.tasks:
             task.held.close()
-        self.ray.shutdown()
 
 
 def parcel(job: Job, gpus: bool) -> Parcel:
@@ -212,7 +212,7 @@ def _below(path: Path, otherwise: str) -> Path:
 
 def bring_home(job: Job, name: str, content: bytes, beside: Mapping[str, bytes]) -> None:
     """Checked, what stands beside it first, then the record under its name."""
-    from nwor_vllm.bench.measure import save
+    from nwor_vllm.bench.finish import save  # with scipy behind it: no task needs that
 
     item = next((item for item in job.planned if item.path.name == name), None)
     if item is None:

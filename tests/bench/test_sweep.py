@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from nwor_vllm.bench import child, jobs, record, sweep
+from nwor_vllm.bench import jobs, record, sweep
+from nwor_vllm.bench.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = tuple(ROOT / "sweeps_config" / f"{name}.yaml" for name in ("adaptive_grid", "early_exit_grid"))
@@ -167,10 +168,7 @@ def test_a_killed_sweep_takes_its_workers_with_it(scripted: ModuleType, tmp_path
     kids = engines(process, 1)
     process.kill()
     process.wait()
-    end = time.monotonic() + 30
-    while any(alive(pid) for pid in kids):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    gone(kids)
 
 
 def engines(process: subprocess.Popen[str], count: int) -> list[int]:
@@ -183,6 +181,13 @@ def engines(process: subprocess.Popen[str], count: int) -> list[int]:
         if match := re.search(r"scripted engine on .* in (\d+)", line):
             found.append(int(match[1]))
     return found
+
+
+def gone(pids: list[int]) -> None:
+    end = time.monotonic() + 60
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
@@ -199,11 +204,20 @@ def test_without_ray_one_line_says_how_to_get_it(
     monkeypatch.chdir(tmp_path)
     names = scripted.models(tmp_path)
     models = ["--target", names["target"], "--drafter", names["drafter"], "--profile", "embedded"]
-    assert child.PROGRAM
-    from nwor_vllm.bench.cli import main
-
     assert main(["sweep", str(GRIDS[1]), *models, "--on", "ray"]) == 1
     assert capsys.readouterr().err == "nwor: --on ray needs Ray; install it: pip install 'nwor-vllm[ray]'\n"
+
+
+@pytest.mark.slow
+def test_stopped_on_ray_it_leaves_no_engine_behind(
+    scripted: ModuleType, tmp_path: Path, small: tuple[Path, ...]
+) -> None:
+    process = start(scripted, tmp_path / "a", "--on", "ray", "--workers", "2", grids=small, pause_s=0.2)
+    kids = engines(process, 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=150)
+    assert process.returncode == 130
+    gone(kids)
 
 
 @pytest.fixture(scope="module")
