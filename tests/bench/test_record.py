@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -155,3 +156,19 @@ def test_jq_is_the_version_the_scripts_are_written_for() -> None:
     assert shutil.which("jq") is not None
     version = subprocess.run(["jq", "--version"], capture_output=True, text=True, check=True).stdout
     assert version.startswith(("jq-1.6", "jq-1.7", "jq-1.8"))
+
+
+def names_of(schema: dict[str, Any], skip: set[str]) -> set[str]:
+    models = {name: model for name, model in schema["$defs"].items() if name not in skip}
+    return {field for model in (schema, *models.values()) for field in model.get("properties", {})}
+
+
+def test_every_field_and_every_key_is_documented() -> None:
+    """The record's in docs/records.md, the settings of a run in docs/experiments.md."""
+    schema = json.loads(record.SCHEMA_FILE.read_text(encoding="utf-8"))
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    words = set(re.findall(r"\w+", (docs / "records.md").read_text(encoding="utf-8")))
+    assert names_of(schema, {"Cell", "Engine"}) - words == set()
+    words = set(re.findall(r"\w+", (docs / "experiments.md").read_text(encoding="utf-8")))
+    settings = {field for name in ("Cell", "Engine") for field in schema["$defs"][name]["properties"]}
+    assert settings - {"engine", "grid", "id", "file"} - words == set()
