@@ -161,6 +161,7 @@ class Cost:
         scale = np.maximum(self.prior, 1e-12)
         ridge = 1.0 / PRIOR_WIDTH**2
         a = self.moment * np.outer(scale, scale) + np.diag(ridge)
+        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # absurd step times leave a matrix that rounding makes singular
         b = self.target * scale + ridge
         free = np.ones(SIZE, bool)
         w = np.zeros(SIZE)
