@@ -97,7 +97,7 @@ def _plans(rng: random.Random) -> Iterator[Plan]:
 
 def rows(samples: Samples) -> list[tuple[float, ...]]:
     """Medians, in the columns of `policy.profile`. Steps whose drafts were short of the plan are not common enough."""
-    table = []
+    table: list[tuple[float, ...]] = []
     for (requests, verified, steps, judged, _), found in sorted(samples.items()):
         if (verified - requests) % requests == 0 and (verified - requests) // requests in LENGTHS:
             context, seconds = (statistics.median(column) for column in zip(*found, strict=True))

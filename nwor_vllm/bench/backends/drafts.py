@@ -83,8 +83,12 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, batch: int, verify: bool) -> Walk:
+def walk(
+    llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Mapping[str, Any]], k: int, batch: int, verify: bool
+) -> Walk:
     """Every prompt once, `batch` in flight. Without `verify` the drafts are taken down and dropped."""
+    import vllm
+
     scheduler, core, out = scheduler_of(llm), llm.llm_engine, Walk()
     watch = scheduler.nwor_policy = Watch(repeat(Plan(k)))
     names: dict[str, int] = {}
@@ -109,7 +113,8 @@ def walk(llm: Any, prompts: Sequence[Tokens], sampling: Sequence[Any], k: int, b
             while waiting and flying < batch:
                 index = waiting.pop()
                 names[f"watch-{index}"] = index
-                core.add_request(f"watch-{index}", {"prompt_token_ids": list(prompts[index])}, sampling[index])
+                params = vllm.SamplingParams(detokenize=False, **sampling[index])
+                core.add_request(f"watch-{index}", {"prompt_token_ids": list(prompts[index])}, params)
                 flying += 1
             for output in core.step():
                 if output.finished:

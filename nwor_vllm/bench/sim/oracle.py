@@ -100,7 +100,7 @@ def bound(load: Load, curve: Curve) -> float:
         slope = (seconds[b] - seconds[a]) / (b - a)
         base = seconds[a] - slope * a
         if base > 0:
-            best = min(best, served(load, least_time(load.trace, base / n + slope * k)))
+            best = min(best, served(load, least_time(load.trace, np.asarray(base / n + slope * k, float))))
     return best
 
 
