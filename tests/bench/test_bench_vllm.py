@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -18,12 +19,13 @@ GRID = """
 name: tiny
 file: "{name}_adaptive{adaptive}.json"
 common: {requests: 6, max_tokens: 48, temperature: 0.0, draft_length: 5, batches: 2, warmup_batches: 1,
-         max_model_len: 1024, enforce_eager: true, dtype: float32}
+         max_model_len: 1024, enforce_eager: true, dtype: float32, slo: {ttft: 60000}}
 axes: {adaptive: [false, true]}
 runs:
   - {name: greedy, references: [vanilla, fixed, repeat]}
   - {name: stopping, threshold: 0.6, ncu: true}
   - {name: sampled, temperature: 0.7}
+  - {name: arriving, request_rate: 12, burstiness: 0.5, max_concurrency: 4, references: [vanilla_engine, best_fixed]}
 """
 
 
@@ -39,15 +41,7 @@ def bench(folder: Path) -> str:
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     environ = {k: v for k, v in os.environ.items() if k not in ("TARGET_MODEL", "DRAFT_MODEL", "ONLY", "NUM_SEEDS")}
     environ |= {"PROFILE": "embedded"} | ({"LD_PRELOAD": str(library)} if library.exists() else {})
-    done = subprocess.run(
-        [*command, "--ttft-ms", "60000"],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -58,7 +52,8 @@ def read(lab: tuple[Path, str], name: str) -> record.Record:
 
 def test_one_engine_serves_every_arm(lab: tuple[Path, str]) -> None:
     assert lab[1].count("engine ready") == 1
-    assert len(list((lab[0] / "out").glob("*.json"))) == 6
+    assert lab[1].count("engine without a drafter ready") == 1
+    assert len(list((lab[0] / "out").glob("*.json"))) == 8
     for name in ("greedy", "stopping", "sampled"):
         assert read(lab, f"{name}_adaptive0").panel == read(lab, f"{name}_adaptive1").panel
 
@@ -97,7 +92,42 @@ def test_times_are_the_engine_s_own(lab: tuple[Path, str]) -> None:
     assert mode.ttft_s.n == mode.request_latency_s.n == mode.requests == 12
     assert 0 < (mode.ttft_s.mean or 0) < (mode.request_latency_s.mean or 0) <= max(b.seconds for b in mode.batches)
     assert mode.goodput_req_s is not None
-    assert found.peak_memory_bytes is not None
+    assert (found.peak_memory_bytes or 0) > 1 << 28  # an engine with its weights and cache
+
+
+def test_requests_arrive_while_the_engine_runs_and_count_from_when_they_were_due(lab: tuple[Path, str]) -> None:
+    found = read(lab, "arriving_adaptive1")
+    assert found.summary is not None
+    modes = {(m.mode, m.draft_length): m for m in found.summary.per_mode}
+    assert set(modes) == {("adaptive", 5), ("vanilla_engine", 0), *(("fixed", k) for k in (1, 2, 3, 5))}
+    for mode in modes.values():
+        assert all(batch.seconds >= 0.5 for batch in mode.batches)  # 6 requests at 12 a second
+        assert 0 <= (mode.queue_s.mean or 0) < (mode.ttft_s.mean or 0)
+        assert mode.slo_met_share == 1.0
+    assert {c.metric for c in found.comparisons} == {"request_latency_s"}
+    assert {c.verdict for c in found.comparisons} == {"identical"}
+    assert modes["vanilla_engine", 0].no_speculation == "engine_without_drafter"
+    assert modes["vanilla_engine", 0].spec_num_draft_tokens is None
+    assert found.summary.best_fixed is not None
+    with (lab[0] / "out/arriving_adaptive1/requests.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    arrivals = {mode: [r["arrival_ms"] for r in rows if r["mode"] == mode and r["gamma"] in "05"] for mode in
+                ("adaptive", "vanilla_engine", "fixed")}  # fmt: skip
+    assert len(set(map(tuple, arrivals.values()))) == 1
+    assert len(set(arrivals["adaptive"])) > 6
+
+
+def test_rounds_add_up_to_what_the_plugin_counted(lab: tuple[Path, str]) -> None:
+    """vLLM's rounds of each request against our counters of the arm."""
+    for name in ("greedy_adaptive0", "stopping_adaptive0", "sampled_adaptive1", "arriving_adaptive1"):
+        found = read(lab, name)
+        assert found.summary is not None
+        subject = found.summary.per_mode[0]
+        with (lab[0] / "out" / name / "per_round.csv").open(encoding="utf-8", newline="") as file:
+            rounds = [row for row in csv.DictReader(file) if row["mode"] == subject.mode]
+        accepted = sum(int(row["accepted"]) for row in rounds)
+        assert len(rounds) == subject.spec_num_rounds, name
+        assert accepted == subject.spec_num_accepted_tokens, name
 
 
 def test_counted_bytes_are_what_arithmetic_expects(lab: tuple[Path, str]) -> None:
@@ -123,4 +153,4 @@ def test_per_request_rows_carry_their_rounds(lab: tuple[Path, str]) -> None:
 def test_a_second_invocation_starts_no_engine(lab: tuple[Path, str]) -> None:
     again = bench(lab[0])
     assert "engine" not in again
-    assert "nothing to run, 6 of 6 done" in again
+    assert "nothing to run, 8 of 8 done" in again

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,7 +20,7 @@ GRACE_S = 60.0
 
 
 class Beside:
-    """The driver's methods, answered by the other process. It ends when its pipe closes, however this one ends."""
+    """The driver's methods, answered by the other process, which ends with this one, however this one ends."""
 
     def __init__(self, engine: Engine, opener: OpenEngine) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork would share the first engine's threads and memory
@@ -74,6 +76,7 @@ class Beside:
 
 def _answer(pipe: Connection, engine: Engine, opener: OpenEngine) -> None:
     """Open the engine, then do what is asked until something fails or nobody is left to ask."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     driver: Any = None
     failure, name, args = "", "", ()
     try:
@@ -95,3 +98,11 @@ def _answer(pipe: Connection, engine: Engine, opener: OpenEngine) -> None:
     finally:
         if driver is not None:
             driver.close()
+
+
+def _end_with_parent() -> None:
+    """Also in the middle of a long start or batch."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
