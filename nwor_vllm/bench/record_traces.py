@@ -116,16 +116,11 @@ def _done(recording: Recording, folder: Path) -> bool:
 
 def record(llm: Any, r: Recording, command: str) -> traces.Trace:
     """Both walks; the trace of the first, checked against the second."""
-    import vllm
-
     from nwor_vllm.bench.backends import drafts
 
     prompts = chats(r)
     sampling = [
-        vllm.SamplingParams(
-            temperature=r.temperature, max_tokens=r.max_tokens, seed=r.seed * 1000 + i, detokenize=False
-        )
-        for i in range(r.requests)
+        {"temperature": r.temperature, "max_tokens": r.max_tokens, "seed": r.seed * 1000 + i} for i in range(r.requests)
     ]
     drafted = drafts.walk(llm, prompts, sampling, r.k, r.batch, verify=False)
     served = drafts.walk(llm, prompts, sampling, r.k, r.batch, verify=True)
