@@ -41,9 +41,17 @@ def subject(record: Record, where: str) -> Mode:
     return record.summary.per_mode[0]
 
 
+def judged_by(a: Record, b: Record, metric: str) -> str:
+    """Where requests arrive over time a batch ends with the last arrival, however fast the engine is."""
+    arriving = "inf" not in (a.cell.request_rate, b.cell.request_rate)
+    return "request_latency" if metric == "latency" and arriving else metric
+
+
 def values(batch: Batch, metric: str) -> float | None:
     if metric == "latency":
         return batch.seconds
+    if metric == "request_latency":
+        return batch.request_latency_s
     if metric == "throughput":
         return batch.tokens / batch.seconds
     return None if batch.spec_num_draft_tokens is None else float(batch.spec_num_draft_tokens)
@@ -87,22 +95,23 @@ def judged(a: Record, b: Record) -> str | None:
 
 def compare_records(pairs: Sequence[tuple[Path, Path]], metric: str) -> list[Comparison]:
     """A row a pair, held to 5 % over all of them (Holm); then the A/A arms of the records, each on its own."""
-    drafts: list[tuple[Path, Path, stats.PairedRatio, str]] = []
+    drafts: list[tuple[Path, Path, str, stats.PairedRatio, str]] = []
     controls: dict[Path, Comparison] = {}
     for left, right in pairs:
         a, b = read(left), read(right)
         first, second = subject(a, str(left)), subject(b, str(right))
-        x, y = paired(first, second, metric)
+        measured = judged_by(a, b, metric)
+        x, y = paired(first, second, measured)
         if not x:
             raise ConfigError(f"{left} and {right} share no batch of the same prompts; they cannot be paired")
         outputs = judged(a, b) or outputs_verdict(first, second, max(a.cell.temperature, b.cell.temperature))
-        drafts.append((left, right, stats.paired_ratio(y, x), outputs))
+        drafts.append((left, right, measured, stats.paired_ratio(y, x), outputs))
         controls |= {path: row for path, record in ((left, a), (right, b)) if (row := control(path, record, metric))}
-    adjusted = iter(stats.holm([result.p for _, _, result, _ in drafts if result.p is not None]))
+    adjusted = iter(stats.holm([draft[3].p for draft in drafts if draft[3].p is not None]))
     rows = []
-    for left, right, result, outputs in drafts:
+    for left, right, measured, result, outputs in drafts:
         p_holm = None if result.p is None else next(adjusted)
-        rows.append(_row(left, right, metric, result, p_holm, outputs))
+        rows.append(_row(left, right, measured, result, p_holm, outputs))
     return rows + list(controls.values())
 
 
@@ -112,6 +121,7 @@ def control(path: Path, record: Record, metric: str) -> Comparison | None:
     again = next((mode for mode in modes if mode.mode == "repeat"), None)
     if again is None:
         return None
+    metric = judged_by(record, record, metric)
     x, y = paired(again, modes[0], metric)
     if not x:
         return None

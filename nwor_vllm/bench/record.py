@@ -228,7 +228,7 @@ def parse(text: str, where: str) -> Record:
     if not text.strip():
         raise CorruptFileError(f"{where} is empty")
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_int=_small)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is not JSON: {str(error)[:120]}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -243,6 +243,13 @@ def parse(text: str, where: str) -> Record:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _small(digits: str) -> int:
+    """Nothing that is counted here fills 64 bits, and a float cannot hold what is much larger."""
+    if len(digits) > 19:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def read(path: Path) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,13 +13,18 @@ from nwor_vllm.report import plot
 from nwor_vllm.report.findings import BASELINES, Against, Findings, Run, sentences
 
 
-def render(found: Findings, title: str, now: datetime) -> str:
+@functools.cache
+def template() -> jinja2.Template:
     source = importlib.resources.files("nwor_vllm.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"percent": percent, "count": count, "cell": cell}
-    return environment.from_string(source).render(
+    return environment.from_string(source)
+
+
+def render(found: Findings, title: str, now: datetime) -> str:
+    return template().render(
         title=title,
         now=now.strftime("%Y-%m-%d %H:%M"),
         found=found,

@@ -63,13 +63,17 @@ def _short(name: str) -> str:
 
 def lengths(runs: Sequence[Run]) -> str:
     """How often each draft length was planned: a bar a run, one shade a length."""
-    known = [(run, run.subject.k_histogram) for run in runs if run.subject.k_histogram]
+    planned = [
+        (run, {int(k): n for k, n in (run.subject.k_histogram or {}).items() if k.isdecimal() and len(k) < 4 and n > 0})
+        for run in runs
+    ]
+    known = [(run, counts) for run, counts in planned if counts]
     if not known:
         return ""
-    longest = max(int(k) for _, counts in known for k in counts)
+    longest = max(k for _, counts in known for k in counts)
     height = TOP + ROW * len(known) + 6
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="planned draft lengths">']
-    for k in range(longest + 1):
+    for k in range(longest + 1) if longest < 40 else ():
         x = LEFT + k * min(46.0, (WIDTH - LEFT - 20) / (longest + 1))
         parts.append(
             f'<rect class="shade" style="--level:{_level(k, longest)}" x="{x:.1f}" y="4" width="12" height="12"/>'
@@ -78,11 +82,11 @@ def lengths(runs: Sequence[Run]) -> str:
     for number, (run, counts) in enumerate(known):
         y, x, total = TOP + number * ROW, float(LEFT), sum(counts.values())
         parts.append(f'<text class="name" x="{LEFT - 8}" y="{y + 12}">{escape(_short(run.id))}</text>')
-        for k, n in sorted(counts.items(), key=lambda item: int(item[0])):
+        for k, n in sorted(counts.items()):
             wide = (WIDTH - LEFT - 20) * n / total
             size = f'x="{x:.1f}" y="{y}" width="{wide:.1f}" height="15"'
             title = f"<title>K={k}: {n} of {total} steps</title>"
-            parts.append(f'<rect class="shade" style="--level:{_level(int(k), longest)}" {size}>{title}</rect>')
+            parts.append(f'<rect class="shade" style="--level:{_level(k, longest)}" {size}>{title}</rect>')
             x += wide
     return "\n".join([*parts, "</svg>"])
 

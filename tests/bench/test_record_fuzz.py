@@ -88,8 +88,10 @@ def damaged(good: dict[str, Any], rng: random.Random) -> bytes:
 def readers(path: Path, twin: Path, cell: Any, rng: random.Random) -> list[str]:
     """What each reader made of it; the names of those that raised anything but our own errors come out."""
     wrong = []
+    readable = False
     try:
         found = record.read(path)
+        readable = True
         json.loads(record.to_json(found), parse_constant=lambda name: wrong.append(f"to_json wrote {name}"))
     except NworError as error:
         if "\n" in str(error) or not str(error):
@@ -104,6 +106,13 @@ def readers(path: Path, twin: Path, cell: Any, rng: random.Random) -> list[str]:
             wrong.append("compare ended strangely")
     except Exception as error:
         wrong.append(f"compare {flags}: {error!r}")
+    if not (readable or rng.random() < 0.1):
+        return wrong  # unreadable is one line of a report, whatever it was
+    try:
+        if main(["report", str(path.parent), "--output", str(path.parent / "r.html")]) not in (0, 1):
+            wrong.append("report ended strangely")
+    except Exception as error:
+        wrong.append(f"report: {error!r}")
     return wrong
 
 
