@@ -6,8 +6,6 @@ module of our class makes the pair when that name is looked up in it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from nwor_vllm.plugin import compat
@@ -24,23 +22,9 @@ def name_of(ours: str, theirs: str | type[Any]) -> str | type[Any]:
     return path if path.startswith(ours.rpartition(".")[0]) else f"{ours}+{path.replace('.', ':')}"
 
 
-def lookup(module: str, ours: type[Any], base: type[Any] = object) -> Callable[[str], Any]:
-    """A module's `__getattr__`. What does not derive from `base` is left alone, with one log line."""
-
-    @functools.cache
-    def find(name: str) -> Any:
-        _, plus, path = name.partition("+")
-        if not plus:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        theirs = compat.resolve(":".join(path.replace(":", ".").rsplit(".", 1)))[2]
-        if issubclass(theirs, ours):
-            return theirs
-        if not issubclass(theirs, base):
-            compat.log.warning(
-                "nwor: %s does not derive from %s.%s: draft lengths, counters and run-time control are off",
-                path.replace(":", "."), base.__module__, base.__name__,
-            )  # fmt: skip
-            return theirs
-        return type(name, (ours, theirs), {"__module__": module})
-
-    return find
+def theirs_in(module: str, name: str) -> Any:
+    """The user's class of such a name, for the `__getattr__` of the module of ours."""
+    _, plus, path = name.partition("+")
+    if not plus:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return compat.resolve(":".join(path.replace(":", ".").rsplit(".", 1)))[2]

@@ -8,6 +8,7 @@ Requirements are probed, never read off a version.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -252,8 +253,8 @@ def fix_cpu_expand() -> bool:
     assert patch is not None
     if patch.target in _applied:
         return False
+    load_operators()
     try:
-        importlib.import_module("vllm._C")
         dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
     except ImportError:
         return False
@@ -262,6 +263,12 @@ def fix_cpu_expand() -> bool:
     if patch.target in _applied and name in dispatcher._registry:  # registered before us: replace it where it is used
         dispatcher.register_kernels({name: resolve(patch.target)[2]})
     return patch.target in _applied
+
+
+def load_operators() -> None:
+    """vLLM's compiled operators register when they are imported; builds name that module differently."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm._C")
 
 
 def attach(output: Any, report: Any) -> Any:

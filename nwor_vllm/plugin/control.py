@@ -33,7 +33,7 @@ def snapshot(llm: Any) -> dict[str, Any]:
 
 def workers(llm: Any) -> list[dict[str, Any]]:
     """Each worker's own counts, by rank."""
-    found: list[dict[str, Any]] = llm.collective_rpc("nwor_worker")
+    found: list[dict[str, Any]] = llm.collective_rpc("__nwor__")
     return found
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from nwor_vllm.plugin import compat
-from nwor_vllm.plugin.combine import lookup
+from nwor_vllm.plugin.combine import theirs_in
 
 compat.apply("worker")
 compat.apply_to_v2_runner()
 
 
 class ElasticWorker:
-    """Methods here are callable by name through `collective_rpc`. No name may exist in vLLM's workers."""
+    """What `collective_rpc` calls by name. vLLM refuses a name that its worker has already, but for those with two
+    underscores in front: an engine with another extension may follow in the same process."""
 
-    def nwor_worker(self) -> dict[str, Any]:
+    def __nwor__(self) -> dict[str, Any]:
         """This rank's own counts."""
         runner = self.model_runner  # type: ignore[attr-defined]
         written, avoided = getattr(runner, "nwor_rows", (0, 0))
         return {"runner": type(runner).__name__, "draft_rows_written": written, "draft_rows_avoided": avoided}
 
 
-__getattr__ = lookup(__name__, ElasticWorker)
+@functools.cache
+def __getattr__(name: str) -> Any:
+    """A worker extension of the user's own, with ours in it."""
+    return type(name, (theirs_in(__name__, name),), {"__module__": __name__, "__nwor__": ElasticWorker.__nwor__})

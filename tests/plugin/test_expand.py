@@ -33,6 +33,15 @@ def test_the_probe_tells_wrong_from_right():
     assert expand.adapt(expand.expand) is expand.expand
 
 
+def test_a_build_without_the_operator_is_left_alone():
+    """A GPU's wheel has the routine too: probing it there must not end the engine's start."""
+
+    def missing(*args):
+        return torch.ops._C.an_operator_that_no_build_has(*args)
+
+    assert expand.adapt(missing) is missing
+
+
 # In a process of its own: elsewhere an engine may have put it right already.
 PROGRAM = """
 import torch
