@@ -7,6 +7,7 @@ never decide what is sampled: a wrong plan costs time, not output.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.plugin import compat
-from nwor_vllm.plugin.combine import lookup
+from nwor_vllm.plugin.combine import theirs_in
 from nwor_vllm.plugin.configure import ladder_of
 from nwor_vllm.plugin.control import answer, serve_control
 from nwor_vllm.plugin.counters import Counters, RequestCounts
@@ -208,7 +209,17 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         compat.log.info("nwor: %s", self.nwor_counters.snapshot())
 
 
-__getattr__ = lookup(__name__, Elastic, Scheduler)
+@functools.cache
+def __getattr__(name: str) -> Any:
+    """In front of a scheduler of the user's own, where that is one of vLLM's underneath."""
+    theirs = theirs_in(__name__, name)
+    if issubclass(theirs, Elastic):
+        return theirs
+    if not issubclass(theirs, Scheduler):
+        where = f"{theirs.__module__}.{theirs.__name__}"
+        compat.log.warning("nwor: %s is no subclass of vLLM's Scheduler: draft lengths and counters are off", where)
+        return theirs
+    return type(name, (Elastic, theirs), {"__module__": __name__})
 
 
 class ElasticScheduler(Elastic, Scheduler):  # type: ignore[misc]
