@@ -28,5 +28,6 @@ for grid in adaptive_grid early_exit_grid oneoff_scenarios; do
 done
 exec 7>&-
 wait "$tee" # so that the log is whole, and on the screen, before the last word
-[[ $# -gt 0 ]] || nwor report sweeps || failed+=(report) # of what there is, also where not all of it is
+# Of what there is, also where not all of it is.
+[[ $# -gt 0 ]] || nwor report sweeps || failed+=(report)
 ((${#failed[@]} == 0)) || die "not complete: ${failed[*]}; what failed is tried again by the next call"
