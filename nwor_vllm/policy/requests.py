@@ -58,7 +58,10 @@ class Groups:
     """Which rounds are of the same row: a row that comes several times had several rounds, which count together."""
 
     def __init__(self, rows: Ints) -> None:
-        self.rows, self.place, self.rounds = np.unique(rows, return_inverse=True, return_counts=True)
+        found: dict[int, int] = {}  # a few rows: a dict is quicker than sorting arrays
+        self.place = np.array([found.setdefault(row, len(found)) for row in rows.tolist()], np.int64)
+        self.rows = np.array(list(found), np.int64)
+        self.rounds = np.bincount(self.place)
 
 
 class Effects:
