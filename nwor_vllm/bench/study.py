@@ -38,7 +38,7 @@ def load(
             raise ConfigError(f"{config}: {unknown_key('setting', key, {*MODEL_KEYS, *SECTIONS})}")
     parts = {name: _section(data, name, config) for name in SECTIONS}
     speculation = parts["speculative_decoding"]
-    method = speculation.get("method", "eagle") if speculation else "none"
+    method: Any = speculation.get("method", "eagle") if speculation else "none"
     target = model or environ.get("TARGET_MODEL") or _pinned(data, f"{config}")
     drafter = (speculation and environ.get("DRAFT_MODEL")) or _pinned(speculation, f"{config}: speculative_decoding")
     if environ.get("PROFILE") == "embedded":
