@@ -150,15 +150,19 @@ def _what(args: argparse.Namespace) -> tuple[Grid, Path]:
         return plan.resolve(args, os.environ)
     if args.output_dir is None:
         raise ConfigError("--benchmark needs --output-dir")
-    for name in GRID_ONLY:
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to a grid; with --benchmark it is {GRID_ONLY[name]}")
+    refuse_grid_flags(args)
     args.only = ""
     grid, out = study.load(
         args.benchmark, args.config, args.model, args.output_dir, os.environ, plan.cell_flags(args), args.gamma or ()
     )
     require_models(grid.cells)
     return grid, out
+
+
+def refuse_grid_flags(args: argparse.Namespace) -> None:
+    for name in GRID_ONLY:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to a grid; with --benchmark it is {GRID_ONLY[name]}")
 
 
 def _chosen(planned: list[Planned], group: str | None) -> list[Planned]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nwor_vllm.bench import plan, provenance, record, study
+from nwor_vllm.bench import bench, plan, provenance, record, study
 from nwor_vllm.bench.plan import Planned
 from nwor_vllm.errors import ConfigError, MissingError
 
@@ -70,13 +70,15 @@ def _of_configs(args: argparse.Namespace, configs: list[Path], environ: Mapping[
         raise ConfigError("--configs and --group need --benchmark FILE and --output-base FOLDER")
     if repeated := {path.stem for path in configs if [p.stem for p in configs].count(path.stem) > 1}:
         raise ConfigError(f"two configurations are named {min(repeated)}; their results would share a folder")
+    bench.refuse_grid_flags(args)
     found: list[Job] = []
+    flags = tuple(plan.given_flags(args))
     for path in configs:
-        grid, out = study.load(args.benchmark, path, None, args.output_base / path.stem, environ)
+        output = args.output_base / path.stem
+        grid, out = study.load(args.benchmark, path, None, output, environ, plan.cell_flags(args))
         provenance.require_models(grid.cells)
         (item,) = plan.examine_all(grid, out, max_attempts=limit(args))
         engine = item.cell.engine
-        flags = ("--retry-failed",) if args.retry_failed else ()
         found.append(
             Job(path.stem, path, out, engine.group, engine.tensor_parallel_size, (item,), flags, args.benchmark)
         )

@@ -198,6 +198,7 @@ def test_presets_run_on_the_embedded_pair(
         (["x.yaml", "--group", "qwen2_7b"], "name GRID.yaml files, or --configs"),
         ([], "name GRID.yaml files, or --configs"),
         (["--configs", "a.yaml", "b/a.yaml"], "two configurations are named a"),
+        (["--group", "qwen2_7b", "--seeds", "2"], "--seeds belongs to a grid"),
     ],
 )
 def test_wrong_flags_are_one_line(
