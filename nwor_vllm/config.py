@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nwor_vllm.errors import ConfigError, unknown_key
-from nwor_vllm.policy import POLICIES
 
 # Read by scripts and the control endpoint, not settings of the tree.
 OTHER_VARIABLES = frozenset({"NWOR_DISABLE", "NWOR_ENV", "NWOR_CONTROL_TOKEN", "NWOR_ZOO"})
@@ -51,9 +50,7 @@ class NworConfig:
     control_endpoint: bool = False  # serve POST /nwor (needs NWOR_CONTROL_TOKEN)
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise unknown_key("policy", self.policy, POLICIES)
-        from_mapping(POLICIES[self.policy].params, self.policy_params, "policy_params")
+        self.params()
         if any(k < 0 for k in self.ladder):
             raise ConfigError(f"ladder is {list(self.ladder)}; expected draft lengths from 0 up")
         if list(self.ladder) != sorted(set(self.ladder)):
@@ -61,6 +58,10 @@ class NworConfig:
 
     def params(self) -> Any:
         """The policy's parameter dataclass."""
+        from nwor_vllm.policy import POLICIES  # not above: vLLM without us reads this file too, and starts no later
+
+        if self.policy not in POLICIES:
+            raise unknown_key("policy", self.policy, POLICIES)
         return from_mapping(POLICIES[self.policy].params, self.policy_params, "policy_params")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.errors import ConfigError, NworError
 from nwor_vllm.plugin.combine import name_of
-from nwor_vllm.policy import default_ladder, make_policy
 
 ELASTIC = "nwor_vllm.plugin.scheduler.Elastic"  # the mixin of the two that follow
 SCHEDULER = "nwor_vllm.plugin.scheduler.ElasticScheduler"
@@ -71,6 +70,8 @@ def _end_in_one_line() -> None:
 
 
 def ladder_of(config: NworConfig, k_max: int) -> tuple[int, ...]:
+    from nwor_vllm.policy import default_ladder
+
     ladder = config.ladder or default_ladder(k_max)
     if ladder[-1] > k_max:
         raise ConfigError(
@@ -111,6 +112,8 @@ def check(config: NworConfig, vllm_config: Any) -> tuple[int, ...]:
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size} and only its last rank sees the drafter, so "
             "early_exit cannot trim what the others verify; set early_exit.threshold and min_survival to 0"
         )
+    from nwor_vllm.policy import make_policy  # where an engine asks for us, and no earlier
+
     make_policy(config.policy, config.params(), ladder, config.cost_profile)  # what it refuses is refused here
     return ladder
 

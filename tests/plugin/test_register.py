@@ -24,16 +24,18 @@ def python(code, **environ):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_register_loads_neither_torch_nor_vllm():
+def test_registering_and_reading_settings_that_are_not_there_loads_nothing_else():
     loaded = python(
         """
         import json, sys
         from nwor_vllm.plugin import register
         register(); register()
-        print(json.dumps([m for m in ("torch", "vllm", "numpy.random") if m in sys.modules]))
+        from nwor_vllm.plugin import configure
+        assert configure.load({}, {}) is None
+        print(json.dumps([m for m in ("torch", "vllm", "numpy", "nwor_vllm.policy") if m in sys.modules]))
         """
     )
-    assert "torch" not in loaded and "vllm" not in loaded
+    assert loaded == []
 
 
 def test_a_module_that_is_imported_later_is_patched_once():
