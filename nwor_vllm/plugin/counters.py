@@ -21,9 +21,6 @@ class Counters:
     draft_forwards: int = 0
     draft_forwards_saved: int = 0  # the step's draft length would have run them
     drafted: int = 0  # proposed, before trimming
-    verified: int = 0
-    accepted: int = 0
-    rounds: int = 0
     stopped_by_confidence: int = 0  # tokens the step's draft length would have drafted, counted once each
     draft_rows_written: int = 0
     draft_rows_avoided: int = 0
@@ -31,8 +28,7 @@ class Counters:
     target_rows_avoided: int = 0
     step_seconds: float = 0.0
     length_histogram: Counter[int] = field(default_factory=Counter)  # planned draft length -> steps
-    accepted_per_position: list[int] = field(default_factory=list)
-    verified_per_position: list[int] = field(default_factory=list)
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (verified, accepted) -> rounds
 
     def report(self, report: DraftReport, skipped_rows: int, caps: Mapping[str, int]) -> None:
         """A drafting; `skipped_rows` target rows will not be verified because of it."""
@@ -51,23 +47,24 @@ class Counters:
         if step.seconds > 0:
             self.step_seconds += step.seconds
         for r in step.rounds:
-            self.rounds += 1
             self.drafted += r.drafted
-            self.verified += r.verified
-            self.accepted += r.accepted
-            _count(self.verified_per_position, r.verified)
-            _count(self.accepted_per_position, r.accepted)
+            self.outcomes[r.verified, r.accepted] += 1
 
     def snapshot(self) -> dict[str, Any]:
         """Plain types. The keys are the metrics' names without `nwor_`."""
+        verified: Counter[int] = Counter()  # length -> rounds
+        accepted: Counter[int] = Counter()
+        for (v, a), n in self.outcomes.items():
+            verified[v] += n
+            accepted[a] += n
         return {
             "steps": self.steps,
-            "rounds": self.rounds,
+            "rounds": self.outcomes.total(),
             "draft_forwards": self.draft_forwards,
             "draft_forwards_saved": self.draft_forwards_saved,
             "drafted_tokens": self.drafted,
-            "verified_tokens": self.verified,
-            "accepted_tokens": self.accepted,
+            "verified_tokens": sum(length * n for length, n in verified.items()),
+            "accepted_tokens": sum(length * n for length, n in accepted.items()),
             "tokens_stopped_by_confidence": self.stopped_by_confidence,
             "draft_kv_bytes_written": self.draft_rows_written * self.draft_row_bytes,
             "draft_kv_bytes_avoided": self.draft_rows_avoided * self.draft_row_bytes,
@@ -75,8 +72,8 @@ class Counters:
             "target_kv_bytes_avoided": self.target_rows_avoided * self.target_row_bytes,
             "step_seconds": self.step_seconds,
             "length_histogram": {str(k): n for k, n in sorted(self.length_histogram.items())},
-            "verified_per_position": list(self.verified_per_position),
-            "accepted_per_position": list(self.accepted_per_position),
+            "verified_per_position": _per_position(verified),
+            "accepted_per_position": _per_position(accepted),
         }
 
 
@@ -89,18 +86,22 @@ class RequestCounts:
         self.requests: OrderedDict[str, list[int]] = OrderedDict()  # rounds, drafted, verified, accepted
 
     def add(self, r: Round) -> None:
-        counts = self.requests.setdefault(r.request_id, [0, 0, 0, 0])
-        for index, n in enumerate((1, r.drafted, r.verified, r.accepted)):
-            counts[index] += n
-        if len(self.requests) > self.KEPT:
-            self.requests.popitem(last=False)
+        counts = self.requests.get(r.request_id)
+        if counts is None:
+            counts = self.requests[r.request_id] = [0, 0, 0, 0]
+            if len(self.requests) > self.KEPT:
+                self.requests.popitem(last=False)
+        counts[0] += 1
+        counts[1] += r.drafted
+        counts[2] += r.verified
+        counts[3] += r.accepted
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         names = ("rounds", "drafted", "verified", "accepted")
         return {i: dict(zip(names, counts, strict=True)) for i, counts in self.requests.items()}
 
 
-def _count(per_position: list[int], length: int) -> None:
-    per_position.extend([0] * (length - len(per_position)))
-    for position in range(length):
-        per_position[position] += 1
+def _per_position(lengths: Mapping[int, int]) -> list[int]:
+    """How many rounds were at least as long as each position, from how many had each length."""
+    longest = max(lengths, default=0)
+    return [sum(n for length, n in lengths.items() if length > position) for position in range(longest)]

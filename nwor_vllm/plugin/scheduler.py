@@ -23,9 +23,9 @@ from nwor_vllm.plugin.configure import ladder_of
 from nwor_vllm.plugin.control import answer, serve_control
 from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.kv_bytes import row_bytes
-from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of, report_of
+from nwor_vllm.plugin.messages import NO_RULE, DraftReport, Orders, orders_of, report_of
 from nwor_vllm.plugin.metrics import Publisher, file_of, launcher
-from nwor_vllm.policy import Plan, Policy, Round, Step, StopRule, make_policy
+from nwor_vllm.policy import Plan, Policy, Round, Step, make_policy
 
 _StockScheduler: Any = object  # the vLLM class that stands behind the mixin
 
@@ -77,18 +77,19 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def nwor_decide(self) -> int:
         running = self.running
-        context = sum(r.num_computed_tokens for r in running)
+        context = sum([r.num_computed_tokens for r in running])
         self.nwor_plan = self.nwor_policy.plan([r.request_id for r in running], context)
         return min(self.nwor_plan.k, int(self.num_spec_tokens))
 
     def nwor_orders(self) -> Orders:
         exits, given = self.nwor_config.early_exit, self.nwor_plan.stop
-        stop = given if given is not None and exits.policy_rule else StopRule()
-        stop = dataclasses.replace(
-            stop,
-            threshold=max(stop.threshold, exits.threshold),
-            min_survival=max(stop.min_survival, exits.min_survival),
-        )
+        stop = given if given is not None and exits.policy_rule else NO_RULE
+        if exits.threshold > stop.threshold or exits.min_survival > stop.min_survival:
+            stop = dataclasses.replace(
+                stop,
+                threshold=max(stop.threshold, exits.threshold),
+                min_survival=max(stop.min_survival, exits.min_survival),
+            )
         caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
         return Orders(stop, caps, self.nwor_plan.bias, observe=self.nwor_plan.watch)
 
@@ -123,19 +124,15 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
     # Observing
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
-        request_id, invalid = kwargs["request_id"], kwargs["num_invalid_spec_tokens"] or {}
-        verified, accepted = kwargs["num_draft_tokens"] - invalid.get(request_id, 0), kwargs["num_accepted_tokens"]
+        request_id, invalid = kwargs["request_id"], kwargs["num_invalid_spec_tokens"]
+        drafted = verified = kwargs["num_draft_tokens"] - (invalid.get(request_id, 0) if invalid else 0)
         draft = self.nwor_drafted.get(request_id)
-        self.nwor_rounds.append(
-            Round(
-                request_id,
-                max(draft.drafted, verified) if draft else verified,
-                verified,
-                accepted,
-                draft.confidence if draft else (),
-            )
-        )
-        self.nwor_requests.add(self.nwor_rounds[-1])
+        confidence: tuple[float, ...] = ()
+        if draft is not None:
+            drafted, confidence = max(draft.drafted, verified), draft.confidence
+        done = Round(request_id, drafted, verified, kwargs["num_accepted_tokens"], confidence)
+        self.nwor_rounds.append(done)
+        self.nwor_requests.add(done)
         return super().make_spec_decoding_stats(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -157,23 +154,19 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
         k = getattr(step, "nwor_k", 0)
         cut = report.cut if report is not None else {}
-        drafts = {i: len(t) - cut.get(i, 0) for i, t in step.scheduled_spec_decode_tokens.items()}
-        decoding = [
-            i
-            for i, n in step.num_scheduled_tokens.items()
-            if n == 1 + len(step.scheduled_spec_decode_tokens.get(i, ()))
-        ]
-        verified = len(decoding) + sum(drafts.values())
-        total = sum(step.num_scheduled_tokens.values()) - sum(cut.values())
+        drafts = step.scheduled_spec_decode_tokens
+        decoding = sum([n == 1 + len(drafts.get(i, ())) for i, n in step.num_scheduled_tokens.items()])
+        trimmed = sum(cut.values()) if cut else 0
+        verified = decoding + sum([len(t) for t in drafts.values()]) - trimmed
         measured = Step(
             rounds=self.nwor_rounds,
             k=k,
             draft_steps=min(report.forwards, k) if report is not None else k,
             seconds=now - start,
-            requests=len(decoding),
+            requests=decoding,
             verified_tokens=verified,
-            context_tokens=sum(r.num_computed_tokens for r in self.running),
-            prefill_tokens=max(total - verified, 0),
+            context_tokens=sum([r.num_computed_tokens for r in self.running]),
+            prefill_tokens=max(step.total_num_scheduled_tokens - trimmed - verified, 0),
         )
         self.nwor_policy.observe(measured)
         if self.nwor_publisher.due:
