@@ -3,6 +3,7 @@ hands its own back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -15,6 +16,9 @@ from pydantic import Field, ValidationError
 from nwor_vllm.bench import provenance
 from nwor_vllm.bench.grid import Frozen
 from nwor_vllm.errors import ConfigError, CorruptFileError
+
+HERE = Path(__file__).parent
+SOURCES = (*sorted(HERE.glob("verify*.py")), HERE / "distribution.py", HERE / "tiny_pair.py")  # beside the plugin's
 
 
 class Check(Frozen):
@@ -60,9 +64,8 @@ class Journal:
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         """`about`: what, beside the code and its versions, makes checks comparable."""
         self.path, self.checks = path, dict[str, Check]()
-        self.header = json.dumps(
-            {"format": "nwor-verify", "code": provenance.code(), "versions": provenance.versions(), **about}
-        )
+        code = provenance.code() + hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+        self.header = json.dumps({"format": "nwor-verify", "code": code, "versions": provenance.versions(), **about})
         self.started, self.due = time.monotonic(), 0
         if path.exists() and path.stat().st_size:
             self.read()
