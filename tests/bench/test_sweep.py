@@ -96,6 +96,7 @@ def test_wide_engines_start_first_and_none_wider_than_the_machine(scripted: Modu
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_each_engine_has_devices_of_its_own_and_a_second_sweep_runs_nothing(
     scripted: ModuleType, tmp_path: Path, small: tuple[Path, ...]
 ) -> None:
@@ -108,6 +109,7 @@ def test_each_engine_has_devices_of_its_own_and_a_second_sweep_runs_nothing(
     assert "scripted engine" not in again
 
 
+@pytest.mark.slow
 def test_a_second_sweep_of_a_grid_leaves_with_one_line(
     scripted: ModuleType, tmp_path: Path, small: tuple[Path, ...]
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_lost_worker_is_replaced_a_bounded_number_of_times(
     assert (len(found), executor.starts) == (failed, starts)
 
 
+@pytest.mark.slow
 def test_stopped_it_leaves_no_worker_behind(scripted: ModuleType, tmp_path: Path) -> None:
     process = start(scripted, tmp_path / "a", "--workers", "2", pause_s=0.05)
     kids = engines(process, 2)
@@ -163,6 +166,7 @@ def test_stopped_it_leaves_no_worker_behind(scripted: ModuleType, tmp_path: Path
     assert not any(alive(pid) for pid in kids)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_takes_its_workers_with_it(scripted: ModuleType, tmp_path: Path) -> None:
     process = start(scripted, tmp_path / "a", pause_s=0.05)
     kids = engines(process, 1)
