@@ -113,11 +113,11 @@ def read_summary(path: Path) -> list[Row]:
 
 
 def table(means: Sequence[Row]) -> str:
-    """The same for the console: the columns of the split systems' benchmark, by draft length."""
+    """The same for the console, by draft length."""
     width = 90
     lines = ["=" * width, "BENCHMARK SUMMARY", "=" * width]
     lines += [f"{'Gamma':>6}{'Reqs':>7}" + "".join(f"{name:>14}" for name in TABLE) + "  Arm", "-" * width]
-    for row in means:
+    for row in sorted(means, key=lambda row: int(str(row["gamma"]))):
         shown = []
         for column, scale, unit in TABLE.values():
             value = row[column]

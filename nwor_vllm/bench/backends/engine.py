@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import time
 from collections import deque
@@ -99,12 +98,15 @@ class VllmDriver:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if not provenance.gpus():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        vllm: Any = importlib.import_module("vllm")
+        import vllm
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
         self.engine = engine
         self.llm: Any = vllm.LLM(**arguments(engine), **(extra or {}))
         self.sampling: Any = vllm.SamplingParams
-        self.final: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
-        self.inputs: Any = importlib.import_module("vllm.inputs")
+        self.final: Any = RequestOutputKind.FINAL_ONLY
+        self.tokens_input: Any = tokens_input
         self.served = 0
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.speculates = engine.elastic
@@ -127,12 +129,7 @@ class VllmDriver:
 
     def generate(self, prompts: Sequence[Prompt], cell: Cell) -> tuple[float, list[RequestResult]]:
         due = [
-            Due(
-                f"due{i}",
-                prompt.arrival_s,
-                self.inputs.tokens_input(self._tokens(prompt, cell)),
-                self._sampling(prompt, cell),
-            )
+            Due(f"due{i}", prompt.arrival_s, self._input(prompt, cell), self._sampling(prompt, cell))
             for i, prompt in enumerate(prompts, self.served)
         ]
         self.served += len(due)
@@ -146,13 +143,16 @@ class VllmDriver:
         ]
 
     def top_logprobs(self, texts: Sequence[tuple[Prompt, Sequence[int]]], cell: Cell) -> list[dict[int, float]]:
-        rows = [self.inputs.tokens_input([*self._tokens(prompt, cell), *more]) for prompt, more in texts]
+        rows = [{"prompt_token_ids": [*self._tokens(prompt, cell), *more]} for prompt, more in texts]
         asked = self.sampling(temperature=0.0, max_tokens=1, logprobs=TOP)
         found = self.llm.generate(rows, asked, use_tqdm=False)
         return [{token: p.logprob for token, p in output.outputs[0].logprobs[0].items()} for output in found]
 
     def dtype(self) -> str:
         return str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
+
+    def _input(self, prompt: Prompt, cell: Cell) -> Any:
+        return self.tokens_input(self._tokens(prompt, cell))
 
     def _tokens(self, prompt: Prompt, cell: Cell) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -192,8 +192,9 @@ class VllmDriver:
         core.shutdown()
         self.llm = None
         gc.collect()
-        distributed: Any = importlib.import_module("vllm.distributed")
-        distributed.cleanup_dist_env_and_memory()
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 def counters_of(state: Mapping[str, Any]) -> Counters:
