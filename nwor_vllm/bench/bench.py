@@ -195,6 +195,8 @@ def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Pla
         groups.setdefault(item.cell.engine.group, []).append(item)
     failed: list[Planned] = []
     for number, (name, members) in enumerate(groups.items(), 1):
-        say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs")
+        engine = members[0].cell.engine
+        models = f"{engine.target}, {engine.drafter or 'no drafter'}, tensor parallel size {engine.tensor_parallel_size}"
+        say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs; {models}")
         failed += run_group(members, session)
     return failed
