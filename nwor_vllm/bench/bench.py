@@ -196,7 +196,9 @@ def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Pla
     failed: list[Planned] = []
     for number, (name, members) in enumerate(groups.items(), 1):
         engine = members[0].cell.engine
-        models = f"{engine.target}, {engine.drafter or 'no drafter'}, tensor parallel size {engine.tensor_parallel_size}"
-        say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs; {models}")
+        say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs")
+        say(
+            f"{engine.target} with {engine.drafter or engine.method}, tensor parallel size {engine.tensor_parallel_size}"
+        )
         failed += run_group(members, session)
     return failed
