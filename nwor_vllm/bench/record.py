@@ -229,6 +229,8 @@ def parse(text: str, where: str) -> Record:
         raise CorruptFileError(f"{where} is empty")
     try:
         data = json.loads(text, parse_constant=_refuse_constant, parse_int=_small)
+        if "\\ud" in text.casefold():  # half a surrogate pair is JSON, and no text that could be shown
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is not JSON: {str(error)[:120]}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None

@@ -84,4 +84,6 @@ def percent(value: float | None) -> str:
 
 
 def count(value: float | int | None) -> str:
-    return "unknown" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+    if value is None:
+        return "unknown"
+    return f"{value:,.2f}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"

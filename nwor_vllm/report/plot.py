@@ -9,6 +9,7 @@ from html import escape
 from nwor_vllm.report.findings import BASELINES, Run
 
 LEFT, WIDTH, ROW, TOP = 260, 900, 22, 34
+TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 SHAPES = dict(zip(BASELINES, ("circle", "square", "diamond"), strict=True))
 
 
@@ -27,13 +28,15 @@ def forest(runs: Sequence[Run]) -> str:
     per_run = [list(run.against.items()) for run in runs]
     height = TOP + sum(max(len(found), 1) * 11 + 12 for found in per_run) + 10
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="time ratios with intervals">']
-    for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0):
-        if low <= tick <= high:
-            kind = "one" if tick == 1.0 else "tick"
-            parts.append(
-                f'<line class="{kind}" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{TOP - 12}" y2="{height - 8}"/>'
-            )
-            parts.append(f'<text class="axis" x="{at(tick):.1f}" y="{TOP - 18}">{tick:g}</text>')
+    drawn: list[float] = []
+    for tick in sorted(TICKS, key=lambda tick: (tick != 1.0, abs(math.log(tick)))):  # 1 first, then away from it
+        x = at(tick)
+        if not low <= tick <= high or any(abs(x - other) < 30 for other in drawn):
+            continue
+        drawn.append(x)
+        kind, span = "one" if tick == 1.0 else "tick", f'y1="{TOP - 12}" y2="{height - 8}"'
+        parts.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" {span}/>')
+        parts.append(f'<text class="axis" x="{x:.1f}" y="{TOP - 18}">{tick:g}</text>')
     y = TOP
     for run, found in zip(runs, per_run, strict=True):
         star = "★ " if run.record.headline else ""
