@@ -114,12 +114,12 @@ class DeviceJudge:
         state.reset()
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
-        found = kernels.confidence_and_stop(logits, self.state, self.position)
+        token: torch.Tensor = kernels.confidence_and_stop(logits, self.state, self.position).token
         self.position += 1
         if self.whole is not None:
             self.state.alive[self.whole] = self.position < self.k
             self.state.lengths[self.whole] = self.position
-        return found.token
+        return token
 
     def alive(self) -> Sequence[bool]:
         going: list[bool] = self.state.alive[: self.rows].tolist()
