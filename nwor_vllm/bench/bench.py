@@ -197,8 +197,7 @@ def _run(chosen: list[Planned], args: argparse.Namespace, out: Path) -> list[Pla
     for number, (name, members) in enumerate(groups.items(), 1):
         engine = members[0].cell.engine
         say(f"engine group {number}/{len(groups)} ({name}): {len(members)} runs")
-        say(
-            f"{engine.target} with {engine.drafter or engine.method}, tensor parallel size {engine.tensor_parallel_size}"
-        )
+        drafter, width = engine.drafter or engine.method, engine.tensor_parallel_size
+        say(f"{engine.target}, drafter {drafter}, tensor parallel size {width}")
         failed += run_group(members, session)
     return failed
