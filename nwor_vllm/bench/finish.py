@@ -133,9 +133,9 @@ def fail(panel: Panel, error: Exception, session: Session, started: float) -> li
     failure = explain(error)
     session.say(f"FAILED: {failure.exception}: {failure.message}")
     session.say(f"what to do: {failure.advice}")
+    unknown: dict[str, Any] = dict.fromkeys(("summary", "peak_memory_bytes", "warmup"))
     for item in panel.planned:
         base = _base(item, session, started, time.time() - started)
-        unknown = dict.fromkeys(("summary", "peak_memory_bytes", "warmup"))
         reasons = dict.fromkeys(unknown, "the run failed")
         save(record.Record(**base, **unknown, status="failed", failure=failure, reasons=reasons), item.path)
     return list(panel.planned)

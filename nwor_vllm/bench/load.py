@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -81,7 +81,7 @@ def parse_slo(pairs: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def met(slo: Mapping[str, float], ttft_s: float | None, tpot_s: float | None, e2el_s: float | None) -> bool | None:
+def met(slo: Slo, ttft_s: float | None, tpot_s: float | None, e2el_s: float | None) -> bool | None:
     """Whether a request met every objective; None where a time is unknown. One token has no TPOT and misses none."""
     if ttft_s is None or e2el_s is None:
         return None

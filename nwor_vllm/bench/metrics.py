@@ -153,7 +153,7 @@ def combine(parts: Sequence[Counters]) -> Counters:
 
 
 def summarise(
-    label: ArmLabel, batches: Sequence[BatchResult], slo: Mapping[str, float], ncu: Ncu,
+    label: ArmLabel, batches: Sequence[BatchResult], slo: load.Slo, ncu: Ncu,
     ncu_metrics: dict[str, float] | None = None,
 ) -> Mode:  # fmt: skip
     """One arm of a record."""
@@ -206,7 +206,7 @@ def _batch(batch: BatchResult) -> Batch:
     )  # fmt: skip
 
 
-def _good(requests: Sequence[RequestResult], slo: Mapping[str, float]) -> tuple[int | None, str]:
+def _good(requests: Sequence[RequestResult], slo: load.Slo) -> tuple[int | None, str]:
     """How many requests met every objective; or None, and why."""
     if not slo:
         return None, "no objective was set: --slo ttft:MS tpot:MS e2el:MS"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from nwor_vllm.bench.metrics import BatchResult
 from nwor_vllm.bench.record import Divergence
@@ -39,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    kind: str  # identical, near_tie, violation, sampled
+    kind: Literal["identical", "near_tie", "violation", "sampled"]
     text: str
     differing: int
     violations: int | None
