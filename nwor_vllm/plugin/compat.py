@@ -46,7 +46,7 @@ class Feature:
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-_REGISTRY = "vllm.entrypoints.serve.instrumentator.metrics:get_prometheus_registry"
+_SEVERAL_SERVERS = "prometheus_client.multiprocess:MultiProcessCollector.collect"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _V2_DRAFTING = "vllm.v1.worker.gpu.spec_decode"
 _V2_DEPENDENT = f"{_V2_DRAFTING}.target_dependent_ar.speculator:TargetDependentARSpeculator"
@@ -82,8 +82,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "metrics of several API servers",
         "api server",
-        (Need(_REGISTRY),),
-        Patch(_REGISTRY, "nwor_vllm.plugin.metrics:adapt"),
+        (Need(_SEVERAL_SERVERS),),
+        Patch(_SEVERAL_SERVERS, "nwor_vllm.plugin.metrics:adapt"),
     ),
     Feature(
         "sampling above temperature 0 on CPU",

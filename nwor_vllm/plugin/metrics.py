@@ -12,11 +12,11 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -57,8 +57,9 @@ def file_of(process: int, engine: int) -> Path:
 
 
 def launcher() -> int:
-    """Of the engine core that runs in this process."""
-    return os.getppid() if multiprocessing.parent_process() is not None else os.getpid()
+    """What launched this process, or itself: a fork server in between does not count."""
+    parent = multiprocessing.parent_process()
+    return parent.pid or os.getpid() if parent is not None else os.getpid()
 
 
 class Publisher:
@@ -68,7 +69,9 @@ class Publisher:
         self.path = path
         self.next = 0.0
         self.usable = _private(path.parent)
-        if not self.usable:
+        if self.usable:
+            path.unlink(missing_ok=True)  # of a killed engine whose launcher had the same number
+        else:
             log.warning("nwor: Prometheus metrics are disabled: %s is not a folder of this user alone", path.parent)
 
     def publish(self, counters: Mapping[str, Any], policy: Mapping[str, float], name: str) -> None:
@@ -134,18 +137,14 @@ class Collector:
         yield gauge
 
 
-def adapt(stock: Callable[[], CollectorRegistry]) -> Callable[[], CollectorRegistry]:
-    """Several API servers answer /metrics from a registry of vLLM's own counters; ours are added, from all engines."""
+def adapt(stock: Callable[[Any], Iterable[Any]]) -> Callable[[Any], Iterable[Any]]:
+    """Each of several API servers answers /metrics with what all of them counted into files; ours come with it."""
 
     @functools.wraps(stock)
-    def registry() -> CollectorRegistry:
-        found = stock()
-        if found is not REGISTRY:
-            for collector in _collectors:
-                found.register(collector)
-        return found
+    def collect(self: Any) -> Iterable[Any]:
+        return [*stock(self), *(family for collector in _collectors for family in collector.collect())]
 
-    return registry
+    return collect
 
 
 _collectors: list[Collector] = []
@@ -158,7 +157,7 @@ class StatLogger(StatLoggerBase):  # type: ignore[misc]
         self.collector: Collector | None = None
         self.said = -1
         if vllm_config.speculative_config and load(vllm_config.additional_config, os.environ) is not None:
-            paths = [file_of(process, engine_index) for process in (os.getpid(), os.getppid())]
+            paths = [file_of(process, engine_index) for process in (launcher(), os.getpid())]
             self.collector = Collector(paths, engine_index)
             REGISTRY.register(self.collector)
             _collectors.append(self.collector)

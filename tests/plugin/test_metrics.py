@@ -91,15 +91,19 @@ def test_api_servers_and_engines_meet_at_the_process_that_launched_them(tmp_path
 
 
 def test_several_api_servers_serve_them_too(counters, tmp_path, monkeypatch):
-    """vLLM answers /metrics from a registry of its own then, made when the routes are."""
+    """They answer /metrics from registries of their own, made for each request."""
     from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
 
     from nwor_vllm.plugin import metrics
 
     path = tmp_path / "private" / "engine.json"
     metrics.Publisher(path).publish(counters.snapshot(), {"k": 5.0}, "fixed")
     monkeypatch.setattr(metrics, "_collectors", [metrics.Collector([path], 0), metrics.Collector([path], 1)])
-    text = generate_latest(metrics.adapt(CollectorRegistry)()).decode()
+    monkeypatch.setattr(MultiProcessCollector, "collect", metrics.adapt(MultiProcessCollector.collect))
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    text = generate_latest(registry).decode()
     for engine in (0, 1):
         assert f'nwor_accepted_tokens_total{{engine="{engine}"}} 7.0' in text
 

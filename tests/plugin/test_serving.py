@@ -120,17 +120,23 @@ def scrape(base):
 
 @pytest.fixture(scope="module")
 def pair():
+    from transformers import AutoTokenizer
+
     from nwor_vllm import zoo
 
-    prompts = [p["prompt"] for p in zoo.prompts("all", 8, seed=5)]
-    return zoo.path("target"), zoo.path("eagle"), [prompts[i % len(prompts)] for i in range(64)]
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("target"))
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in zoo.prompts("all", 64, seed=5)]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return zoo.path("target"), zoo.path("eagle"), prompts
 
 
 @pytest.fixture(scope="module")
 def truth(pair):
     """The answers of a server that does not speculate."""
     with server(pair[0]) as base:
-        return ask(base, pair[2])
+        answers = ask(base, pair[2])
+    assert len({text for text, _, _ in answers}) > 30
+    return answers
 
 
 def switched_on(drafter, **settings):
