@@ -14,10 +14,12 @@ import numpy as np
 
 from nwor_vllm.policy.requests import Effects, Groups
 from nwor_vllm.policy.stop import Floats, Ints, log_odds, sigmoid
+from nwor_vllm.policy.survival import tied
 
 BINS = 20
 LEAST, MOST = np.array([-6.0, 0.0]), np.array([6.0, 3.0])  # of (a, b); more confidence never means less
-PRIOR = np.array([2.0, 0.0, 4.0])  # information about (a, b) worth a handful of rounds
+LEVEL = (2.0, 4.0)  # information behind the prior (a, b) = (0, 1), worth a handful of rounds
+SMOOTH = (4.0, 16.0)  # and what ties the a and the b of neighbouring positions
 
 
 class Calibration:
@@ -29,6 +31,9 @@ class Calibration:
         self.effects = Effects(spread, keep)
         self.histogram: Floats = np.zeros((3, BINS))  # accepted, rejected, sum of predictions by predicted value
         self._index = np.arange(positions)
+        self.prior = np.zeros((2 * positions, 2 * positions))
+        self.prior[:positions, :positions] = tied(positions, LEVEL[0], SMOOTH[0])
+        self.prior[positions:, positions:] = tied(positions, LEVEL[1], SMOOTH[1])
 
     def predict(self, rows: Ints, confidence: Floats) -> Floats:
         """[rows, positions]: calibrated acceptance; NaN confidence counts as 0."""
@@ -54,15 +59,14 @@ class Calibration:
         gained = np.stack([weight.sum(axis=0), wx.sum(axis=0), (wx * x).sum(axis=0)], axis=1)
         fade = np.minimum(1.0, self.memory / (self.information[:, 0] + gained[:, 0] + 1e-9))
         self.information = (self.information + gained) * fade[:, None]
-        a, b, d = (self.information + PRIOR).T
-        g0, g1 = residual.sum(axis=0), (residual * x).sum(axis=0)
-        determinant = a * d - b * b
-        step = np.stack([(d * g0 - b * g1) / determinant, (a * g1 - b * g0) / determinant], axis=1)
-        self.weights = self.weights + np.minimum(np.maximum(step, -0.5), 0.5)
-        self.weights = np.minimum(np.maximum(self.weights, LEAST), MOST)
-        known = int(np.count_nonzero(np.cumprod(self.information[:, 0] > 0)))
-        if 0 < known < self.positions:
-            self.weights[known:] = self.weights[known - 1]
+        k = self.positions
+        precision = self.prior.copy()
+        for row, column, sums in ((0, 0, 0), (0, k, 1), (k, 0, 1), (k, k, 2)):
+            precision[row + self._index, column + self._index] += self.information[:, sums]
+        gradient = np.concatenate([residual.sum(axis=0), (residual * x).sum(axis=0)])
+        step = np.linalg.solve(precision, gradient).reshape(2, k).T
+        weights = self.weights + np.minimum(np.maximum(step, -0.5), 0.5)
+        self.weights = np.minimum(np.maximum(weights, LEAST), MOST)
 
     def learn_following(self, history: Floats, predicted: Floats, drafted: Ints, verified: Ints) -> None:
         """Rows that kept slot j and drafted j + 1: how much better than `history` was that next draft's confidence?"""

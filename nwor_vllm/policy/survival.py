@@ -19,7 +19,17 @@ from nwor_vllm.policy.requests import Effects, Groups
 from nwor_vllm.policy.stop import Floats, Ints, sigmoid
 
 PRIOR_LOG_ODDS = 0.8  # acceptance .69: drafts are tried before they are judged
-PRIOR_INFORMATION = 1.0
+PRIOR_INFORMATION = 1.0  # behind that level
+SMOOTH = 4.0  # information that ties neighbouring positions: their log-odds differ by about a half
+
+
+def tied(positions: int, level: float, smooth: float) -> Floats:
+    """Precision of a prior under which neighbours are alike: what one position shows moves those that nobody saw."""
+    precision = np.zeros((positions, positions))
+    for j in range(positions - 1):
+        precision[j : j + 2, j : j + 2] += smooth * np.array([[1.0, -1.0], [-1.0, 1.0]])
+    precision[0, 0] += level
+    return precision
 
 
 class Survival:
@@ -28,6 +38,7 @@ class Survival:
         self.memory = memory  # evidence (in units of p (1 - p)) after which old rounds fade
         self.base: Floats = np.full(positions, PRIOR_LOG_ODDS)
         self.information: Floats = np.zeros(positions)
+        self.prior = tied(positions, PRIOR_INFORMATION, SMOOTH)
         self.effects = Effects(spread, keep)
         self._index = np.arange(positions)
 
@@ -48,17 +59,9 @@ class Survival:
         weight = p * (1.0 - p) * reached
         residual = (outcome - p) * reached
         self.effects.update(groups, residual.sum(axis=1), weight.sum(axis=1))
-        gained = weight.sum(axis=0)
-        self.information = np.minimum(self.information + gained, self.memory)
-        step = residual.sum(axis=0) / (self.information + PRIOR_INFORMATION)
+        self.information = np.minimum(self.information + weight.sum(axis=0), self.memory)
+        step = np.linalg.solve(np.diag(self.information) + self.prior, residual.sum(axis=0))
         self.base = np.minimum(np.maximum(self.base + np.minimum(np.maximum(step, -1.0), 1.0), -7.0), 7.0)
-        self._carry()
-
-    def _carry(self) -> None:
-        """Positions never reached look like the last one that was."""
-        known = int(np.count_nonzero(np.cumprod(self.information > 0)))
-        if 0 < known < self.positions:
-            self.base[known:] = self.base[known - 1]
 
     def snapshot(self) -> dict[str, Any]:
         return {
