@@ -1,8 +1,9 @@
 """A free K = 0: steps that draft nothing run no draft forward, and the drafter's K/V catches up in one go.
 
 What the drafter would have been fed is kept, one row per request and step. It is replayed before the next forward of
-the drafter, and at the latest when a cache block's worth of steps has gathered, so that blocks which other requests
-find in the prefix cache hold the drafter's K/V too, but for the last rows of a request that ended meanwhile.
+the drafter, and at the latest when it would no longer fit into one. Where prefixes are cached it is also replayed when
+a cache block's worth of steps has gathered, so that blocks which other requests find there hold the drafter's K/V too,
+but for the last rows of a request that ended meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class _Skipped:
 class CatchUp:
     def __init__(self, proposer: Any) -> None:
         self.proposer = proposer
+        self.shared = bool(proposer.vllm_config.cache_config.enable_prefix_caching)
         self.steps: list[_Skipped] = []
 
     def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
@@ -43,8 +45,8 @@ class CatchUp:
 
     @property
     def due(self) -> bool:
-        """A block's worth of steps has gathered, or as many rows as one forward can take."""
-        if len(self.steps) >= self.proposer.block_size:
+        """As many rows have gathered as one forward can take, or a block's worth of steps that others may want."""
+        if len(self.steps) >= self.proposer.block_size and self.shared:
             return True
         rows = sum(len(step.rows) for step in self.steps)
         return bool(rows + self.proposer.max_batch_size > self.proposer.max_num_tokens)

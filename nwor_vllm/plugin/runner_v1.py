@@ -67,13 +67,17 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         requests = len(step.num_scheduled_tokens)
         return bool(step.num_spec_tokens_to_schedule == 0 and step.total_num_scheduled_tokens == requests)
 
-    def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> torch.Tensor:
+    def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> Any:
         """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
         ids, catch_up = list(self.input_batch.req_ids), self.nwor_catch_up
         n = len(ids)
-        tokens, counts = self.drafter.prepare_next_token_ids_padded(
-            sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
-        )
+        if self.discard_request_mask.np[:n].any():
+            tokens, counts = self.drafter.prepare_next_token_ids_padded(
+                sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
+            )
+        else:  # one valid token each
+            tokens = sampled[:, 0].to(torch.int32)
+            counts = torch.ones_like(tokens)
         self._copy_valid_sampled_token_count(tokens, counts)
         if self.use_aux_hidden_state_outputs:
             hidden = torch.cat([h[:n] for h in aux], dim=-1)
@@ -83,7 +87,9 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         if catch_up.due:
             self.nwor_replay(ids, rest[-2])
             self.nwor_last = DraftReport(0, 1)
-        return torch.empty(n, 0, dtype=torch.int64, device=self.device)
+        if self.use_async_scheduling:
+            return torch.empty(n, 0, dtype=torch.int64, device=self.device)
+        return [[] for _ in ids]
 
     def nwor_replay(self, ids: list[str], batch: Any) -> None:
         now, self.drafter.nwor = self.drafter.nwor, IDLE  # not part of the round
@@ -153,7 +159,7 @@ def _elastic_runner(stock: type[Any]) -> type[Any]:
 def adopt(runner: Any) -> None:
     """Put our classes in front of the runner's and its drafter's, if its engine asks for it."""
     config = load(runner.vllm_config.additional_config, os.environ)
-    drafter = getattr(runner, "drafter", None)
+    drafter: Any = getattr(runner, "drafter", None)
     if config is None or not hasattr(drafter, "propose") or not hasattr(drafter, "needs_extra_input_slots"):
         return
     classes: tuple[Any, Any] = (type(drafter), type(runner))

@@ -34,7 +34,8 @@ def decode(llm, prompts, pauses, max_tokens=60):
 def engine(request, tiny, speculation, engine_settings):
     from nwor_vllm.bench.backends import vllm as backend
 
-    settings = engine_settings | {"async_scheduling": request.param == "async", "block_size": 32}
+    later = request.param == "async"
+    settings = engine_settings | {"async_scheduling": later, "block_size": 32, "enable_prefix_caching": later}
     with backend.engine(tiny[0], speculation, **settings) as llm:
         yield llm
 
