@@ -1,11 +1,13 @@
-"""What the plugin adds to an engine step: the same greedy requests under settings that draft the same, interleaved.
+"""What the plugin adds to an engine step: the same greedy requests in stock vLLM and under several settings.
 
-    python benchmarks/step_overhead.py --target wide --requests 1 --k 5 --blocks 10 [--pieces]
+    python benchmarks/step_overhead.py --target wide --requests 1 --blocks 10 [--pieces]
+    python benchmarks/step_overhead.py --arms no_speculation off stock_off --requests 32     what draft length 0 costs
 
-Every arm but `goodput` drafts and verifies the same tokens as `fixed`, so the ratio of their times is what watching
-and judging cost. All run in one process and one engine, in an order that turns with each block. Times are the engine
-thread's CPU time, so that other work on the machine hardly shows. `--pieces` times the methods in which that happens,
-per step and of themselves alone.
+`stock`, `fixed`, `watched` and `never_stops` draft and verify the same tokens, so the ratio of their times is what the
+plugin, watching and judging cost; `off` and `no_speculation` draft nothing. All arms run in one process, in an order
+that turns with each block; those of the plugin share an engine. Ratios are to the first arm: per step, and for the
+same output tokens. Times are the engine thread's CPU time, so that other work on the machine shows less; `--wall` takes
+the clock's. `--pieces` times the methods in which that happens, per step and of themselves alone.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nwor_vllm import zoo
 from nwor_vllm.bench import stats
 
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, Any] | None] = {  # None: an engine without the plugin
+    "no_speculation": None,
+    "stock": None,
+    "stock_off": None,  # vLLM's own table of draft lengths, saying 0
+    "off": {"policy": "off", "early_exit": {"threshold": 0.0}},
     "fixed": {"policy": "fixed", "early_exit": {"threshold": 0.0}},
-    "fixed_again": {"policy": "fixed", "early_exit": {"threshold": 0.0}},
     "watched": {"policy": "fixed", "policy_params": {"watch": True}, "early_exit": {"threshold": 0.0}},
     "never_stops": {"policy": "fixed", "early_exit": {"threshold": 1e-6}},
     "goodput": {"policy": "goodput", "early_exit": {"threshold": 0.0}},
@@ -37,12 +42,13 @@ PIECES = {
     ),
     "runner": (
         "execute_model", "sample_tokens", "propose_draft_token_ids", "take_draft_token_ids", "_update_states",
-        "_prepare_inputs", "_build_attention_metadata", "_model_forward", "_sample", "_bookkeeping_sync", "nwor_skip",
-        "nwor_replay",
+        "_prepare_inputs", "_build_attention_metadata", "_get_slot_mappings", "_model_forward", "_sample",
+        "_bookkeeping_sync", "nwor_skip", "nwor_replay",
     ),
     "drafter": (
         "propose", "_sample_draft_tokens", "_sample_from_logits", "_get_slot_mapping", "_nwor_rejected",
         "set_inputs_first_pass", "build_per_group_and_layer_attn_metadata", "_update_positions_dependent_metadata",
+        "prepare_next_token_ids_padded", "prepare_inputs_padded",
     ),
 }  # fmt: skip
 
@@ -50,10 +56,22 @@ PIECES = {
 class Pieces:
     """Time in methods, without the time in other timed methods below them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.below = [0.0]
+
+    def watch(self, core: Any) -> None:
+        runner = core.model_executor.driver_worker.worker.model_runner
+        owners = {"scheduler": core.engine_core.engine_core.scheduler, "runner": runner}
+        if hasattr(runner, "drafter"):
+            owners["drafter"] = runner.drafter
+            for name in ("forward", "compute_logits"):
+                self.time(runner.drafter.model, name, f"drafter.model.{name}")
+        for owner, found in owners.items():
+            for name in PIECES[owner]:
+                self.time(found, name, f"{owner}.{name}")
 
     def time(self, owner: Any, name: str, label: str) -> None:
         stock = getattr(owner, name, None)
@@ -62,11 +80,11 @@ class Pieces:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.below.append(0.0)
-            start = time.thread_time()
+            start = self.clock()
             try:
                 return stock(*args, **kwargs)
             finally:
-                taken = time.thread_time() - start
+                taken = self.clock() - start
                 self.seconds[label] += taken - self.below.pop()
                 self.calls[label] += 1
                 self.below[-1] += taken
@@ -81,17 +99,45 @@ class Pieces:
         return found
 
 
-def run(llm: Any, prompts: Sequence[Any], params: Any) -> tuple[float, int]:
-    """Seconds and number of the engine steps that hold no prefill."""
-    engine = llm.llm_engine
+def engine(arm: str, target: str, requests: int, k: int) -> Any:
+    import vllm
+
+    settings: dict[str, Any] = {}
+    if arm != "no_speculation":
+        drafts = {"method": "eagle", "model": str(zoo.path("eagle")), "num_speculative_tokens": k}
+        if arm.startswith("stock"):
+            drafts["num_speculative_tokens_per_batch_size"] = [[1, requests, k if arm == "stock" else 0]]
+        else:
+            settings["additional_config"] = {"nwor": {"policy": "fixed"}}
+        settings["speculative_config"] = drafts
+    return vllm.LLM(
+        model=str(zoo.path(target)), dtype="bfloat16", enforce_eager=True, max_model_len=512, seed=0,
+        max_num_seqs=requests, enable_prefix_caching=False, async_scheduling=False, block_size=32,
+        num_gpu_blocks_override=16 * requests + 2, **settings,
+    )  # fmt: skip
+
+
+def run(llm: Any, prompts: Sequence[Any], params: Any, clock: Callable[[], float]) -> tuple[float, int]:
+    """Seconds and number of the engine steps after the first, which holds the prefill."""
+    core = llm.llm_engine
     for index, prompt in enumerate(prompts):
-        engine.add_request(f"r{index}", {"prompt_token_ids": prompt}, params)
-    engine.step()
-    steps, started = 0, time.thread_time()
-    while engine.has_unfinished_requests():
-        engine.step()
+        core.add_request(f"r{index}", {"prompt_token_ids": prompt}, params)
+    core.step()
+    steps, started = 0, clock()
+    while core.has_unfinished_requests():
+        core.step()
         steps += 1
-    return time.thread_time() - started, steps
+    return clock() - started, steps
+
+
+def prompts_of(tokenizer: Any, requests: int, seed: int) -> list[Any]:
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in zoo.prompts("all", requests, seed)]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> list[float | None]:
+    found = stats.paired_ratio(a, b)
+    return [None if x is None else round(x, 4) for x in (found.ratio, found.low, found.high)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +147,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--max-tokens", type=int, default=160)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument(
+        "--arms", nargs="+", default=["stock", "fixed", "watched", "never_stops", "goodput"], choices=ARMS
+    )
+    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--pieces", action="store_true")
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # all work in the thread that is timed
@@ -111,53 +160,51 @@ def main(argv: Sequence[str]) -> int:
 
     from nwor_vllm.plugin import control
 
-    llm = vllm.LLM(
-        model=str(zoo.path(args.target)), dtype="bfloat16", enforce_eager=True, max_model_len=512, seed=0,
-        max_num_seqs=args.requests, enable_prefix_caching=False, async_scheduling=False,
-        speculative_config={"method": "eagle", "model": str(zoo.path("eagle")), "num_speculative_tokens": args.k},
-        additional_config={"nwor": {"policy": "fixed"}},
-    )  # fmt: skip
-    core: Any = llm.llm_engine
-    runner = core.model_executor.driver_worker.worker.model_runner
-    pieces = Pieces()
-    if args.pieces:
-        owners = {"scheduler": core.engine_core.engine_core.scheduler, "runner": runner, "drafter": runner.drafter}
-        for owner, names in PIECES.items():
-            for name in names:
-                pieces.time(owners[owner], name, f"{owner}.{name}")
-        pieces.time(runner.drafter.model, "forward", "drafter.model")
-        pieces.time(runner.drafter.model, "compute_logits", "drafter.compute_logits")
+    clock = time.perf_counter if args.wall else time.thread_time
+    pieces = Pieces(clock)
+    engines: dict[str, Any] = {}
+    for arm in args.arms:
+        kind = arm if ARMS[arm] is None else "plugin"
+        if kind not in engines:
+            engines[kind] = engine(kind, args.target, args.requests, args.k)
+            if args.pieces:
+                pieces.watch(engines[kind].llm_engine)
+        engines[arm] = engines[kind]
     params = vllm.SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
-    tokenizer = llm.get_tokenizer()
-    per_step: dict[str, list[float]] = {arm: [] for arm in args.arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
+    steps: dict[str, list[int]] = {arm: [] for arm in args.arms}
     split: dict[str, dict[str, list[float]]] = {}
     learnt: dict[str, dict[str, Any]] = {}
     for block in range(-1, args.blocks):  # block -1 warms up
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=False
-            )
-            for row in zoo.prompts("all", args.requests, block + 1)
-        ]
-        shift = block % len(args.arms)
+        prompts = prompts_of(engines[args.arms[0]].get_tokenizer(), args.requests, block + 1)
+        shift = block // 2 % len(args.arms)
         order = [*args.arms[shift:], *args.arms[:shift]]
         for arm in order if block % 2 else order[::-1]:
-            control.apply(llm, ARMS[arm] | learnt.get(arm, {}))
+            llm, setting = engines[arm], ARMS[arm]
+            if setting is not None:
+                control.apply(llm, setting | learnt.get(arm, {}))
             pieces.take(1)
-            seconds, steps = run(llm, prompts, params)
+            taken, made = run(llm, prompts, params, clock)
             if arm == "goodput":
                 learnt[arm] = {"restore": control.snapshot(llm)["policy"]}
             if block >= 0:
-                per_step[arm].append(seconds / steps)
-                split[arm] = pieces.take(steps)
-    report: dict[str, Any] = {"target": args.target, "requests": args.requests, "k": args.k, "arms": {}}
-    for arm, seconds_per_step in per_step.items():
-        ratio = stats.paired_ratio(seconds_per_step, per_step[args.arms[0]])
-        report["arms"][arm] = {
-            "us_per_step": round(1e6 * statistics.median(seconds_per_step)),
-            f"over_{args.arms[0]}": [round(x, 4) for x in (ratio.ratio, ratio.low or 0.0, ratio.high or 0.0)],
+                seconds[arm].append(taken)
+                steps[arm].append(made)
+                split[arm] = pieces.take(made)
+    first = args.arms[0]
+    each = {arm: [s / n for s, n in zip(seconds[arm], steps[arm], strict=True)] for arm in args.arms}
+    report = {
+        arm: {
+            "us_per_step": round(1e6 * statistics.median(each[arm])),
+            "steps": sum(steps[arm]),
+            f"step_over_{first}": ratio(each[arm], each[first]),
+            f"tokens_over_{first}": ratio(seconds[arm], seconds[first]),
         }
-    print(json.dumps(report, indent=1))
+        for arm in args.arms
+    }
+    print(json.dumps({"target": args.target, "requests": args.requests, "k": args.k, "load": os.getloadavg()}))
+    for arm, row in report.items():
+        print(json.dumps({"arm": arm} | row))
     if args.pieces:
         names = sorted({n for found in split.values() for n in found})
         print(f"{'us per step (calls)':58}" + "".join(f"{arm:>16}" for arm in split))
