@@ -11,6 +11,7 @@ from typing import Any
 from nwor_vllm.bench import distribution, tiny_pair
 from nwor_vllm.bench.backends import vllm as backend
 from nwor_vllm.bench.verify_journal import Check, Journal
+from nwor_vllm.policy import Step
 
 VOCAB, LENGTH, BATCH = 8, 4, 250
 SHAPE = tiny_pair.Shape(vocab=VOCAB, sharpness=0.14, noise=0.06)
@@ -38,14 +39,17 @@ RULES: dict[str, dict[str, Any]] = {
     "per request": _rule("goodput", per_request=True),
     "both": _rule("goodput", threshold=CUT, survival=0.15, policy_rule=True, per_request=True),
 }
-UNDER_ASYNC = ("fixed", "early exit", "both")  # what is trimmed by the worker, the rest is the same code
+FEW = ("fixed", "early exit", "both")  # where a worker trims, or another runner does: policies see no difference
 PLANTED = {"v1": "planted: probability of the drawn token", "v2": "planted: first draft unverified"}
 
 
 def check(runner: str, samples: int, journal: Journal) -> None:
     modes = list(itertools.product((False, True), ("greedy", "probabilistic")))
     cells = {
-        mode: [*(UNDER_ASYNC if mode[0] else RULES), *([PLANTED[runner]] if mode[1] == "probabilistic" else [])]
+        mode: [
+            *(FEW if mode[0] or runner == "v2" else RULES),
+            *([PLANTED[runner]] if mode[1] == "probabilistic" else []),
+        ]
         for mode in modes
     }
     missing = {
@@ -109,14 +113,20 @@ def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
         update={
             "compared": samples,
             "z": z,
-            "met": (counts["verified_tokens"] > 0) is (named.rule != "zero"),
+            "met": counts["verified_tokens"] > samples / 4 if named.rule != "zero" else not counts["verified_tokens"],
             "counts": {name: counts[name] for name in names},
             "verified_per_position": counts["verified_per_position"],
         }
     )
 
 
+def _seconds(step: Step) -> float:
+    """On a CPU 250 requests of a tiny model are not worth a draft, and a policy that drafts nothing proves nothing."""
+    return 1e-3 * (1.0 + 0.1 * step.draft_steps + 0.0008 * step.verified_tokens)
+
+
 def _z(llm: Any, rule: Mapping[str, Any], samples: int, truth: Truth) -> dict[str, float]:
     backend.switch(llm, rule)
+    backend.price(llm, _seconds)
     got = backend.generate(llm, [PROMPT] * samples, temperature=1.0, max_tokens=LENGTH)
     return distribution.z_scores(got, truth)

@@ -6,8 +6,6 @@ acceptance are real.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +24,6 @@ def step_seconds(step):
 def engine():
     from nwor_vllm import zoo
     from nwor_vllm.bench.backends import vllm as backend
-    from nwor_vllm.policy.goodput import Goodput
 
     drafter = {"method": "eagle", "model": str(zoo.path("eagle")), "num_speculative_tokens": K}
     settings = {
@@ -35,11 +32,7 @@ def engine():
         "async_scheduling": False,
         "disable_log_stats": False,
     }
-    observe = Goodput.observe
-    with pytest.MonkeyPatch.context() as patch, backend.engine(zoo.path("target"), drafter, **settings) as llm:
-        patch.setattr(
-            Goodput, "observe", lambda self, step: observe(self, dataclasses.replace(step, seconds=step_seconds(step)))
-        )
+    with backend.engine(zoo.path("target"), drafter, **settings) as llm:
         yield llm
 
 
@@ -80,6 +73,7 @@ def test_long_drafts_where_they_are_kept_and_short_ones_elsewhere(engine):
         backend.switch(engine, FIXED)
         fixed, expected = answered(engine, domain, seed=11)
         backend.switch(engine, ELASTIC)
+        backend.price(engine, step_seconds)
         answered(engine, domain, seed=7)  # what it learns first is not judged
         elastic, outputs = answered(engine, domain, seed=11)
         assert outputs == expected

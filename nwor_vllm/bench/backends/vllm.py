@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from nwor_vllm.errors import ConfigError
 from nwor_vllm.plugin import compat, control
 from nwor_vllm.plugin.draft_round import DraftRound
+from nwor_vllm.policy import Step
 
 Tokens = tuple[int, ...]
 
@@ -99,6 +101,13 @@ def _count(llm: Any, name: str) -> int:
 
 def switch(llm: Any, rule: Mapping[str, Any]) -> None:
     control.apply(llm, {**rule, "reset": True})
+
+
+def price(llm: Any, seconds: Callable[[Step], float]) -> None:
+    """From now on the engine's policy, until it is switched, believes that steps take what `seconds` says."""
+    policy = llm.llm_engine.engine_core.engine_core.scheduler.nwor_policy
+    observe = policy.observe
+    policy.observe = lambda step: observe(dataclasses.replace(step, seconds=seconds(step)))
 
 
 def counters(llm: Any) -> dict[str, Any]:
