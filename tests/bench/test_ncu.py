@@ -45,6 +45,16 @@ def test_the_long_page() -> None:
     assert first.name == "void reshape_and_cache<float, (bool)1>(int, float)"
     assert dict(first.metrics) == pytest.approx({WRITE: 1_234_500.0, PCT: 12.5, TIME: 3.5e-6})
     assert dict(second.metrics) == {PCT: 37.5}  # n/a is absent, never 0
+    assert parse.read_csv(LONG.replace('"n/a"', '"no data"')) == [first, second]
+
+
+def test_the_long_page_where_rules_were_applied() -> None:
+    """As ncu 2022.3 prints it: three more columns in the header, none or one of them in the rows of metrics."""
+    header, *rows = [line for line in LONG.splitlines() if line.startswith('"')]
+    text = "\n".join([header + ',"Rule Name","Rule Type","Rule Description"', *(row + "," for row in rows)])
+    assert parse.read_csv(text) == parse.read_csv(LONG)
+    with pytest.raises(CorruptFileError, match="row of 10 fields"):
+        parse.read_csv("\n".join([header, rows[0].rsplit('","', 1)[0] + '"']))
 
 
 def test_the_wide_page() -> None:
@@ -215,6 +225,11 @@ def test_what_a_finished_ncu_left_behind_ends_too(tmp_path: Path) -> None:
         ('while [ "$1" != -o ]; do shift; done; : >"$2"', "empty", "no bytes"),
         ("true", "empty", "missing"),
         ("echo boom >&2; exit 9", "failed", "ncu ended with 9: boom"),
+        (
+            "echo \"unrecognised option '--config-file'\"; echo; echo Use --help; exit 255",
+            "failed",
+            "ncu ended with 255: unrecognised option '--config-file'",
+        ),
     ],
 )
 def test_every_other_end_is_bounded_and_named(tmp_path: Path, body: str, status: str, says: str) -> None:

@@ -25,7 +25,7 @@ EPISODES = int(os.environ.get("NWOR_FUZZ", "200"))
 HUGE = 10**400
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, HUGE, -HUGE, 0.5, -0.0, 1e308, -1e308, 5e-324, 2**53 + 1, "", "x", "\ud800", "1",
-    "NaN", "\0", "../../etc/passwd", [], [[]], [None], {}, {"": None}, {"a": {"b": []}}, float("nan"), float("inf"),
+    "\0", "../../etc/passwd", [], [[]], [None], {}, {"": None}, {"a": {"b": []}}, float("nan"), float("inf"),
     float("-inf"), "ünï", "a" * 5000,
 )  # fmt: skip
 VERSIONS = (0, 2, -1, "1", True, 1.0, None, [1], HUGE, 999)
@@ -137,7 +137,7 @@ def test_no_damage_reaches_the_reader_as_a_traceback(finished: Path, tmp_path: P
             pytest.fail(f"episode {episode}: {error!r} on {raw[:200]!r}")
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err, episode
-        assert not re.search(r"\b(NaN|Infinity)\b", captured.out), episode
+        assert not re.search(r"\b(NaN|Infinity|x?nan|x?inf)\b", captured.out), episode
         assert wrong == [], (episode, wrong)
         with contextlib.suppress(NworError):
             survived += compare.subject(record.read(path), "x") is not None

@@ -75,7 +75,8 @@ def _long(header: list[str], rows: list[list[str]], wanted: Collection[str]) -> 
         raise CorruptFileError(f"ncu's details CSV lacks a column: {error}") from None
     found: dict[str, tuple[str, dict[str, float]]] = {}
     for row in rows:
-        _check_width(row, header)
+        # Where ncu applied rules, rows of metrics end before the rules' columns.
+        _check_width(row, header, max(at.values()) + 1)
         _, metrics = found.setdefault(row[at["ID"]], (row[at["Kernel Name"]], {}))
         name = row[at["Metric Name"]]
         if name in wanted:
@@ -100,14 +101,14 @@ def _wide(header: list[str], rows: list[list[str]], wanted: Collection[str]) -> 
     return kernels
 
 
-def _check_width(row: list[str], header: list[str]) -> None:
-    if len(row) != len(header):
+def _check_width(row: list[str], header: list[str], least: int | None = None) -> None:
+    if not (len(header) if least is None else least) <= len(row) <= len(header):
         raise CorruptFileError(f"ncu's CSV has a row of {len(row)} fields under a header of {len(header)}")
 
 
 def _store(metrics: dict[str, float], name: str, text: str, unit: str) -> None:
     """`n/a` and empty are no measurement: left out, never 0."""
-    if text.strip().lower() in ("", "n/a", "nan", "inf", "-nan"):
+    if text.strip().lower() in ("", "n/a", "no data", "nan", "inf", "-nan"):
         return
     if unit not in UNITS:
         raise CorruptFileError(f"ncu's CSV gives {name} in {unit!r}; known units: {', '.join(filter(None, UNITS))}")

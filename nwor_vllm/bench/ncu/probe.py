@@ -89,7 +89,7 @@ def run(
             "denied", "the driver refused GPU counters (ERR_NVGPUCTRPERM); run as root or allow them", (), tail
         )
     if ended.code != 0:
-        return Probe("failed", f"ncu ended with {ended.code}: {tail[-1] if tail else 'no output'}", (), tail)
+        return Probe("failed", f"ncu ended with {ended.code}: {_last_word(tail)}", (), tail)
     try:
         kernels = read_report(report)
     except CorruptFileError as error:
@@ -109,10 +109,17 @@ def _exported(ncu: str, report: Path, environ: Mapping[str, str], say: Say) -> P
     try:
         kernels = read_csv(log.read_text(encoding="utf-8", errors="replace"))
     except CorruptFileError as error:
-        return Probe("failed", f"ncu --csv ended with {ended.code}: {error}", (), ended.tail)
+        return Probe("failed", f"ncu --csv ended with {ended.code}: {error}")
     if not kernels:
         return Probe("empty", f"{report.name} holds no kernels: nothing matched")
-    return Probe("ok", "", tuple(kernels), ended.tail)
+    return Probe("ok", "", tuple(kernels))
+
+
+def _last_word(tail: Sequence[str]) -> str:
+    """What ncu complains of, rather than its advice to read the help."""
+    spoken = [line for line in tail if line.strip()]
+    blamed = [line for line in spoken if "==ERROR==" in line or "unrecognised" in line]
+    return (blamed or spoken or ["no output"])[-1]
 
 
 def bounded(
