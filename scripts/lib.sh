@@ -27,7 +27,8 @@ env_python() {
 enter_env() {
     local prefix
     prefix=$("$(env_python)" -c 'import sys; print(sys.prefix)')
-    export PATH="$prefix/bin:$PATH" PYTHONSAFEPATH=1
+    # Before Python starts: a hash seed set later does not count.
+    export PATH="$prefix/bin:$PATH" PYTHONSAFEPATH=1 PYTHONHASHSEED="${PYTHONHASHSEED:-0}"
     local openmp=$prefix/lib/libiomp5.so
     if [[ -f $openmp && ${LD_PRELOAD:-} != *libiomp5* ]]; then
         export LD_PRELOAD="$openmp${LD_PRELOAD:+:$LD_PRELOAD}"

@@ -28,7 +28,7 @@ def main(described: Path, window: Path, profiled: bool) -> None:
         update={
             "engine": given.engine.model_copy(update={"tensor_parallel_size": 1}),
             "requests": min(given.requests, PROFILED_REQUESTS), "max_tokens": min(given.max_tokens, PROFILED_TOKENS),
-            "batches": 1, "warmup_batches": 1,
+            "batches": 1, "warmup_batches": 1, "request_rate": "inf", "max_concurrency": None,
         }
     )  # fmt: skip
     work = workload.build(cell)
