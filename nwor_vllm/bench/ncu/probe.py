@@ -119,7 +119,7 @@ def _last_word(tail: Sequence[str]) -> str:
     """What ncu complains of, rather than its advice to read the help."""
     spoken = [line for line in tail if line.strip()]
     blamed = [line for line in spoken if "==ERROR==" in line or "unrecognised" in line]
-    return (blamed or spoken or ["no output"])[-1]
+    return blamed[0] if blamed else (spoken or ["no output"])[-1]
 
 
 def bounded(
