@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--cost",
         nargs="+",
         default=list(COSTS),
-        help="cost curves, the first for the top-level figures: plain, wide (measured), h200-8b-eagle (a model), "
+        help="cost curves, the first for the top-level figures: plain (measured), h200-8b-eagle (a model), "
         "or a profile's .json",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=list(suite.BATCHES), help="concurrency")

@@ -115,7 +115,7 @@ def fit(rows: Sequence[Sequence[float]], name: str) -> Measured:
 
 
 def find(name: str) -> Curve:
-    """A built-in curve, a measured profile of the package (`plain`, `wide`), or a profile's file."""
+    """A built-in curve, a measured profile of the package (`plain` is cost-plain.json), or a profile's file."""
     if name in CURVES:
         return CURVES[name]
     if name.endswith(".json"):
