@@ -258,7 +258,7 @@ class Goodput:
         groups, history = Groups(rows), self.survival.hazards(rows)
         soft = np.full(len(rows), np.nan)
         if batch.watched:
-            self.sees_confidence = True
+            self.sees_confidence = self.steps >= EAGER_STEPS  # by then it is known what it is worth
             predicted = self.calibration.predict(rows, batch.confidence)
             cut = np.flatnonzero((batch.drafted > batch.verified) & (batch.shown > batch.verified))
             soft[cut] = predicted[cut, batch.verified[cut]]

@@ -20,7 +20,7 @@ def feed(guard: Guard, tokens: float, seconds: float, shadow: list[float], costs
 
 def test_a_policy_that_loses_to_no_speculation_is_replaced_by_it() -> None:
     guard = Guard(LADDER)
-    for _ in range(10):
+    for _ in range(30):
         feed(guard, 1.0, 1.3, [1.0, 1.0, 1.0], [1.0, 1.1, 1.3])
     assert guard.fallback == 0
 
@@ -36,7 +36,7 @@ def test_a_policy_that_wins_is_left_alone() -> None:
 
 def test_holding_moves_down_when_the_shorter_length_is_better() -> None:
     guard = Guard(LADDER)
-    for _ in range(8):
+    for _ in range(30):
         feed(guard, 1.0, 1.5, [1.0, 1.15, 1.15], [1.0, 1.1, 1.3])
     assert guard.fallback == 1
     for _ in range(20):
@@ -56,7 +56,7 @@ def test_judging_that_does_not_pay_is_dropped_for_plain_drafting_and_tried_again
             np.array([[1.0, 1.1, 1.3, 1.1]]),
         )
         held += guard.fallback == PLAIN
-    assert held > 150
+    assert held > 120
     assert 2 <= guard.trips <= 4
 
 
