@@ -122,14 +122,14 @@ def clairvoyant(load: Load, curve: Curve) -> float:
     """
     n, k_max = load.batch, load.trace.k_max
     flat = prices(curve, n, k_max)
-    k = np.arange(k_max + 1)
+    k = np.arange(k_max + 1.0)
     draft = float(curve.seconds(n, n, 1) - curve.seconds(n, n, 0))
     verify = [float(curve.seconds(n, n * (1 + x), 0) - curve.seconds(n, n, 0)) / (n * x) for x in (1, k_max)]
     base = float(curve.seconds(n, n, 0)) / n
     valuations, slots = [], []
     for slot in sorted(set(verify)):
         for share in SHARES:
-            valuations.append(least_time(load.trace, base + (slot + share * draft) * k))
+            valuations.append(least_time(load.trace, np.asarray(base + (slot + share * draft) * k, np.float64)))
             slots.append(slot)
     valuations.append(least_time(load.trace, flat / n))
     slots.append(verify[1])
