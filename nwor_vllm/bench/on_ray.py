@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -66,8 +67,8 @@ def measure(parcel: Parcel) -> Iterator[tuple[str, Any]]:
         try:
             assert process.stdout is not None
             for line in process.stdout:
+                yield from _new(Path(scratch), out, sent)  # so that what a line calls done is home before the line
                 yield "line", line.rstrip("\n")
-                yield from _new(Path(scratch), out, sent)
             code = process.wait()
             yield from _new(Path(scratch), out, sent)
             yield "code", code
@@ -113,12 +114,15 @@ class OnRay:
         self.ray, self.emit = ray, emit
         self.tasks: list[Task] = []
         address = address or os.environ.get("RAY_ADDRESS")
+        terminated = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=bool(address) and None
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {_first_line(error)}") from None
+        finally:
+            signal.signal(signal.SIGTERM, terminated)  # Ray takes it for itself
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.gpu = bool(provenance.gpus())
         unit = "GPU" if self.gpu else "CPU"
