@@ -40,6 +40,7 @@ RULES: dict[str, dict[str, Any]] = {
     "both": _rule("goodput", threshold=CUT, survival=0.15, policy_rule=True, per_request=True),
 }
 FEW = ("fixed", "early exit", "both")  # where a worker trims, or another runner does: policies see no difference
+WATCHED = _rule("fixed", threshold=0.01)  # stops nothing, and has every draft token pass the place of the mistake
 PLANTED = {"v1": "planted: probability of the drawn token", "v2": "planted: first draft unverified"}
 
 
@@ -102,7 +103,7 @@ def _named(runner: Any, mode: tuple[bool, str], rule: str) -> Check:
 def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
     if named.planted:
         with backend.keep_by_drawn_token(CUT) if named.runner == "v1" else backend.keep_unverified():
-            z = _z(llm, RULES["fixed"], samples, truth)
+            z = _z(llm, WATCHED, samples, truth)
         return named.model_copy(
             update={"compared": samples, "z": z, "caught": max(map(abs, z.values())) > MIN_CONTROL_Z}
         )
