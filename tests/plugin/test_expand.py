@@ -1,5 +1,6 @@
 """The CPU build's expansion of sampling parameters: stock is wrong, ours is right, and it reaches the sampler."""
 
+import os
 import subprocess
 import sys
 
@@ -69,4 +70,31 @@ def test_stock_is_wrong_and_the_sampler_is_put_right():
     if not current_platform.is_cpu():
         pytest.skip("the fault is the CPU build's")
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# The plugin alone, as a user has it: nothing here asks for the fix.
+ENGINE = """
+import vllm
+from nwor_vllm import zoo
+from nwor_vllm.plugin import control
+
+llm = vllm.LLM(
+    model=str(zoo.path("target")), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, seed=0,
+    speculative_config={"method": "eagle", "model": str(zoo.path("eagle")), "num_speculative_tokens": 5},
+    additional_config={"nwor": {"policy": "fixed"}},
+)
+chat = [[{"role": "user", "content": row["prompt"]}] for row in zoo.prompts("code", 4, 1)]
+llm.chat(chat, vllm.SamplingParams(temperature=0.7, max_tokens=40, seed=3), use_tqdm=False)
+counted = control.snapshot(llm)["counters"]
+assert counted["accepted_tokens"] > 0.3 * counted["verified_tokens"], counted
+"""
+
+
+@pytest.mark.vllm
+def test_an_engine_with_the_plugin_accepts_drafts_above_temperature_zero():
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
