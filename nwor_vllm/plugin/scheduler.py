@@ -158,15 +158,17 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         decoding = sum([n == 1 + len(drafts.get(i, ())) for i, n in step.num_scheduled_tokens.items()])
         trimmed = sum(cut.values()) if cut else 0
         verified = decoding + sum([len(t) for t in drafts.values()]) - trimmed
+        draft_steps = min(report.forwards, k) if report is not None else k
         measured = Step(
             rounds=self.nwor_rounds,
             k=k,
-            draft_steps=min(report.forwards, k) if report is not None else k,
+            draft_steps=draft_steps,
             seconds=now - start,
             requests=decoding,
             verified_tokens=verified,
             context_tokens=sum([r.num_computed_tokens for r in self.running]),
             prefill_tokens=max(step.total_num_scheduled_tokens - trimmed - verified, 0),
+            judged_steps=draft_steps if report is not None and report.confidence else 0,
         )
         self.nwor_policy.observe(measured)
         if self.nwor_publisher.due:

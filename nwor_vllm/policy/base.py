@@ -80,6 +80,7 @@ class Step:
     verified_tokens: int  # target rows: drafts verified + one per request
     context_tokens: int = 0  # sum of context lengths
     prefill_tokens: int = 0  # steps with prefill are not evidence for the decode cost
+    judged_steps: int = 0  # draft forwards whose confidence was read
 
 
 class Policy(Protocol):

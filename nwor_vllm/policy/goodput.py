@@ -67,9 +67,8 @@ class _Seen:
     plain: Plan
 
     def timed(self) -> Timed:
-        step = self.step
-        judged = step.draft_steps if any(r.confidence for r in step.rounds) else 0
-        return Timed(step.requests, step.verified_tokens, step.draft_steps, judged, step.context_tokens, step.seconds)
+        s = self.step
+        return Timed(s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds)
 
 
 class _Batch:

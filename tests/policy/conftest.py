@@ -27,7 +27,8 @@ def finish(
             accepted += 1
         rounds.append(Round(name, plan.k, verified, accepted, tuple(hazard[: plan.k])))
     tokens = len(ids) + sum(r.verified for r in rounds)
-    policy.observe(Step(rounds, plan.k, plan.k, seconds * (1.0 + 0.1 * plan.k + 0.01 * tokens), len(ids), tokens))
+    time = seconds * (1.0 + 0.1 * plan.k + 0.01 * tokens)
+    policy.observe(Step(rounds, plan.k, plan.k, time, len(ids), tokens, judged_steps=plan.k * plan.watch))
     return plan
 
 

@@ -99,7 +99,8 @@ def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float
         steps, kept, drafted = _draft(plan, k, run.ids, shown)
         accepted = np.minimum(lanes.kept[at], kept)
         verified = n + int(kept.sum())
-        seconds = price(n, verified, steps, steps if watched else 0)
+        judged = steps if watched else 0
+        seconds = price(n, verified, steps, judged)
         kept_tokens = int(accepted.sum())
         out.tokens += n + kept_tokens
         out.seconds += seconds
@@ -111,7 +112,7 @@ def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float
         out.lengths[k] = out.lengths.get(k, 0) + 1
         room = lanes.room[at]  # what lies beyond a text is neither kept nor rejected
         rounds = _rounds(run.ids, np.minimum(drafted, room), np.minimum(kept, room), accepted, shown)
-        policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified))
+        policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified, judged_steps=judged))
         for request in run.advance(accepted + 1, out.tokens):
             policy.forget(request)
     return out
