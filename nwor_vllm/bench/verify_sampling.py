@@ -123,7 +123,7 @@ def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
 
 def _seconds(step: Step) -> float:
     """On a CPU 250 requests of a tiny model are not worth a draft, and a policy that drafts nothing proves nothing."""
-    return 1e-3 * (1.0 + 0.1 * step.draft_steps + 0.0008 * step.verified_tokens)
+    return 1e-3 * (1.0 + 0.03 * step.draft_steps + 0.0003 * step.verified_tokens)
 
 
 def _z(llm: Any, rule: Mapping[str, Any], samples: int, truth: Truth) -> dict[str, float]:
