@@ -100,7 +100,7 @@ def changed(scheduler: Any, settings: dict[str, Any]) -> tuple[NworConfig, Any]:
             raise unknown_key("live setting", key, LIVE | ACTIONS)
     plain = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}
     plain["ladder"], plain["early_exit"] = list(old.ladder), dataclasses.asdict(old.early_exit)
-    if "policy" in settings and settings["policy"] != old.policy:
+    if "policy" in settings:
         plain["policy_params"] = {}
     for key, value in settings.items():
         plain[key] = {**plain[key], **value} if key == "early_exit" and isinstance(value, Mapping) else value
