@@ -13,11 +13,14 @@ by cell in --out: a second call goes on where the first stopped.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shlex
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +54,24 @@ def setting(arm: str) -> dict[str, Any]:
     return {"policy": "fixed", "policy_params": {"k": int(arm.removeprefix("fixed_"))}}
 
 
+def worthless() -> Path:
+    """The EAGLE head of the pair with noise for weights: costs what a good one does, and hardly ever guesses right."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(tempfile.mkdtemp(prefix="nwor-worthless-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(zoo.path("eagle"), folder, dirs_exist_ok=True)
+    noise = torch.Generator().manual_seed(0)
+    for file in folder.glob("*.safetensors"):
+        weights = {
+            name: w if w.dim() < 2 else (torch.randn(w.shape, generator=noise) * w.float().std()).to(w.dtype)
+            for name, w in load_file(file).items()
+        }
+        save_file(weights, file)
+    return folder
+
+
 class Engines:
     """Three engines in one process, and what each elastic arm has learnt so far."""
 
@@ -61,8 +82,9 @@ class Engines:
             "model": str(zoo.path(target)), "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512,
             "max_num_seqs": max_num_seqs, "enable_prefix_caching": False, "async_scheduling": False, "seed": 0,
         }  # fmt: skip
-        method = {"eagle": "eagle", "eagle3": "eagle3", "draft": "draft_model"}[drafter]
-        drafts = {"method": method, "model": str(zoo.path(drafter)), "num_speculative_tokens": max(LENGTHS)}
+        method = {"eagle3": "eagle3", "draft": "draft_model"}.get(drafter, "eagle")
+        folder = worthless() if drafter == "worthless" else zoo.path(drafter)
+        drafts = {"method": method, "model": str(folder), "num_speculative_tokens": max(LENGTHS)}
         self.plain = vllm.LLM(**common)
         table = {**drafts, "num_speculative_tokens_per_batch_size": TABLE}
         self.table = vllm.LLM(**common, speculative_config=table)
@@ -228,7 +250,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--target", default="target", choices=[m for m in zoo.MEMBERS if m not in ("eagle", "eagle3", "draft")]
     )
-    parser.add_argument("--drafter", default="eagle", choices=["eagle", "eagle3", "draft"])
+    parser.add_argument("--drafter", default="eagle", choices=["eagle", "eagle3", "draft", "worthless"])
     parser.add_argument("--workloads", nargs="+", default=everything, choices=everything, metavar="NAME")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
