@@ -191,7 +191,7 @@ class Goodput:
         gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
         seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
         rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
-        trim, best = np.unravel_index(int(rates.argmax()), rates.shape)
+        trim, best = divmod(int(rates.argmax()), rates.shape[1])
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:

@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 def log_odds(confidence: Floats) -> Floats:
     """Clipped log-odds; NaN counts as confidence 0."""
     c = np.minimum(np.fmax(confidence, 1e-12), 1.0 - 1e-12)  # fmax: NaN becomes the least
-    return np.minimum(np.maximum(np.log(c / (1.0 - c)), -LOG_ODDS_LIMIT), LOG_ODDS_LIMIT)
+    return np.asarray(np.minimum(np.maximum(np.log(c / (1.0 - c)), -LOG_ODDS_LIMIT), LOG_ODDS_LIMIT))
 
 
 def sigmoid(x: Floats) -> Floats:
