@@ -60,13 +60,13 @@ class Said(logging.Handler):
 
 
 def main(pair: dict[str, str], cells: list[list[Any]]) -> None:
-    said = Said()
     target = Path(pair["target"])
     prompts = prompts_of(target)
     with backend.engine(target, None, **SMALL) as llm:
         truth = backend.generate(llm, prompts, **ASK)
         kind = type(_runner(llm))
         print(json.dumps({"runner": kind.__name__, "module": kind.__module__}), flush=True)
+    said = Said()  # after vLLM's own logging is set up, which takes the handlers of loggers below its own
     for drafter, asynchronous, scene, rules in cells:
         spec = {"method": drafter, "model": pair[drafter], "num_speculative_tokens": K}
         settings = SMALL | SCENES[scene] | {"async_scheduling": asynchronous, "disable_log_stats": False}
