@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from nwor_vllm.errors import ConfigError
-from nwor_vllm.policy.base import Plan, Round, Step, StopRule
+from nwor_vllm.policy.base import Plan, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
-from nwor_vllm.policy.cost import Cost, Timed
+from nwor_vllm.policy.cost import Cost
+from nwor_vllm.policy.evidence import Batch, Seen
 from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
 from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
@@ -58,38 +58,6 @@ class GoodputParams:
                 raise ConfigError(f"policy_params.{name} is {getattr(self, name)}; expected a whole number from 1 up")
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A step, the plan it ran under, and what history alone would have planned."""
-
-    step: Step
-    plan: Plan
-    plain: Plan
-
-    def timed(self) -> Timed:
-        s = self.step
-        return Timed(s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds)
-
-
-class _Batch:
-    """The rounds of several steps, one row each."""
-
-    def __init__(self, seen: Sequence[_Seen], limit: int) -> None:
-        rounds: list[Round] = [r for s in seen for r in s.step.rounds]
-        self.ids = [r.request_id for r in rounds]
-        self.every = np.arange(len(rounds))
-        self.starts = np.array([0, *accumulate(len(s.step.rounds) for s in seen)])
-        numbers = np.array([(r.drafted, r.verified, r.accepted, len(r.confidence)) for r in rounds], np.int64)
-        self.drafted, self.verified, accepted, self.shown = np.minimum(np.maximum(numbers, 0), limit).T
-        self.accepted: Ints = np.minimum(accepted, self.verified)
-        self.plain = np.array([s.plain.caps.get(r.request_id, s.plain.k) for s in seen for r in s.step.rounds])
-        self.watched = bool(self.shown.any())
-        self.confidence: Floats = np.full((len(rounds), limit), np.nan)
-        if self.watched:
-            flat = np.fromiter(chain.from_iterable(r.confidence[:limit] for r in rounds), float)
-            self.confidence[np.arange(limit) < self.shown[:, None]] = flat
-
-
 def _untrimmed(plan: Plan) -> Plan:
     """The same drafts, all verified: only the difference tells what verification costs from what drafting costs."""
     return replace(plan, caps={}, stop=plan.stop and replace(plan.stop, verify_cost=0.0))
@@ -118,7 +86,7 @@ class Goodput:
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
         self._decided: tuple[list[str], Plan, Plan] | None = None  # for whom, with and without confidence
-        self._pending: list[_Seen] = []
+        self._pending: list[Seen] = []
 
     # Deciding
 
@@ -236,7 +204,7 @@ class Goodput:
         self.steps += 1
         if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
-        self._pending.append(_Seen(step, self._last, self._plain))
+        self._pending.append(Seen(step, self._last, self._plain))
         if self.steps < EAGER_STEPS or len(self._pending) >= LEARN_EVERY:
             self._learn()
 
@@ -251,8 +219,8 @@ class Goodput:
         if drafting and self.k_max:
             self._learn_rounds(drafting)
 
-    def _learn_rounds(self, seen: list[_Seen]) -> None:
-        batch = _Batch(seen, self.k_max)
+    def _learn_rounds(self, seen: list[Seen]) -> None:
+        batch = Batch(seen, self.k_max)
         rows = self.slots.known(batch.ids)
         groups, history = Groups(rows), self.survival.hazards(rows)
         soft = np.full(len(rows), np.nan)
@@ -268,7 +236,7 @@ class Goodput:
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
         self._compare(seen, batch, history, soft)
 
-    def _learn_price(self, step: Step, start: int, predicted: Floats, batch: _Batch) -> None:
+    def _learn_price(self, step: Step, start: int, predicted: Floats, batch: Batch) -> None:
         """The survival that a judged slot must have: the threshold that would have served the last step best."""
         survival = np.multiply.accumulate(predicted[start:], axis=1)[:SAMPLE]
         survival = np.where(self._index < batch.shown[start:][:SAMPLE, None], survival, -1.0)
@@ -283,7 +251,7 @@ class Goodput:
         best = float(PRICES[int(np.argmax((1.0 + gain) / seconds))])
         self.price = best if self.price < 0 else self.price + 0.1 * (best - self.price)
 
-    def _check_honour(self, seen: _Seen, confidence: Floats) -> None:
+    def _check_honour(self, seen: Seen, confidence: Floats) -> None:
         step, last = seen.step, seen.plan
         if last.stop is None or step.k <= 1 or step.k != last.k:
             return
@@ -296,7 +264,7 @@ class Goodput:
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _compare(self, seen: list[_Seen], batch: _Batch, history: Floats, soft: Floats) -> None:
+    def _compare(self, seen: list[Seen], batch: Batch, history: Floats, soft: Floats) -> None:
         """Feed the guard: realised tokens and time of these steps against every alternative's."""
         if not self.cost.known:
             return

@@ -1,0 +1,45 @@
+"""What several steps showed, as arrays: their rounds are learnt from in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import numpy as np
+
+from nwor_vllm.policy.base import Plan, Round, Step
+from nwor_vllm.policy.cost import Timed
+from nwor_vllm.policy.stop import Floats, Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A step, the plan it ran under, and what history alone would have planned."""
+
+    step: Step
+    plan: Plan
+    plain: Plan
+
+    def timed(self) -> Timed:
+        s = self.step
+        return Timed(s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds)
+
+
+class Batch:
+    """The rounds of several steps, one row each."""
+
+    def __init__(self, seen: Sequence[Seen], limit: int) -> None:
+        rounds: list[Round] = [r for s in seen for r in s.step.rounds]
+        self.ids = [r.request_id for r in rounds]
+        self.every = np.arange(len(rounds))
+        self.starts = np.array([0, *accumulate(len(s.step.rounds) for s in seen)])
+        numbers = np.array([(r.drafted, r.verified, r.accepted, len(r.confidence)) for r in rounds], np.int64)
+        self.drafted, self.verified, accepted, self.shown = np.minimum(np.maximum(numbers, 0), limit).T
+        self.accepted: Ints = np.minimum(accepted, self.verified)
+        self.plain = np.array([s.plain.caps.get(r.request_id, s.plain.k) for s in seen for r in s.step.rounds])
+        self.watched = bool(self.shown.any())
+        self.confidence: Floats = np.full((len(rounds), limit), np.nan)
+        if self.watched:
+            flat = np.fromiter(chain.from_iterable(r.confidence[:limit] for r in rounds), float)
+            self.confidence[np.arange(limit) < self.shown[:, None]] = flat
