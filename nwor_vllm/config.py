@@ -15,6 +15,7 @@ from typing import Any
 
 from nwor_vllm.errors import ConfigError, unknown_key
 
+LARGEST = 1e12  # nothing here is meant to be as large, and what is infinite ends in NaN
 # Read by scripts and the control endpoint, not settings of the tree.
 OTHER_VARIABLES = frozenset({"NWOR_DISABLE", "NWOR_ENV", "NWOR_CONTROL_TOKEN", "NWOR_ZOO"})
 
@@ -86,14 +87,18 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return from_mapping(kind, value, path)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if not -LARGEST <= value <= LARGEST:  # NaN and infinity too
+            raise ConfigError(f"{path} is {value}; expected a number within {LARGEST:.0e}")
+        if kind is float:
+            return float(value)
     if origin is not None and issubclass(origin, Mapping):
         if isinstance(value, Mapping):
             return dict(value)
     elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    expected = {Mapping: "an object", tuple: "a list"}.get(typing.get_origin(kind), getattr(kind, "__name__", kind))
+    raise ConfigError(f"{path} is {value!r}; expected {expected}")
 
 
 def disabled(environ: Mapping[str, str]) -> bool:

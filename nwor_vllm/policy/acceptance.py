@@ -26,6 +26,9 @@ class AcceptanceParams:
             raise ConfigError(f"policy_params.alpha is {self.alpha}; expected a number above 0, at most 1")
         if list(self.thresholds) != sorted(self.thresholds) or not self.thresholds:
             raise ConfigError(f"policy_params.thresholds is {list(self.thresholds)}; expected ascending numbers")
+        for name, value in (("initial", self.initial), *(("thresholds", t) for t in self.thresholds)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"policy_params.{name} has {value}; expected a number in 0..1")
 
 
 class Acceptance:

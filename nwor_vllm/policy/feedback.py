@@ -28,6 +28,8 @@ class FeedbackParams:
             raise ConfigError(f"policy_params.target is {self.target}; expected a number between 0 and 1")
         if self.window < 1:
             raise ConfigError(f"policy_params.window is {self.window}; expected a whole number from 1 up")
+        if self.initial < 0:
+            raise ConfigError(f"policy_params.initial is {self.initial}; expected a draft length from 0 up")
 
 
 class Feedback:

@@ -36,6 +36,13 @@ class ThroughputParams:
         for name in ("warmup_cycles", "required_streak", "low_accept_streak"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"policy_params.{name} is {getattr(self, name)}; expected a whole number from 1 up")
+        for name in ("cooldown_cycles", "probe_interval", "switch_margin"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"policy_params.{name} is {getattr(self, name)}; expected a number from 0 up")
+        if not 0 <= self.low_accept_threshold <= 1:
+            raise ConfigError(
+                f"policy_params.low_accept_threshold is {self.low_accept_threshold}; expected a number in 0..1"
+            )
 
 
 class Throughput:
