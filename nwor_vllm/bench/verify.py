@@ -32,6 +32,7 @@ class Verdict(Frozen):
     passed: bool
     compared: int = Field(ge=0, description="outputs compared, the planted rule's not counted")
     differences: int = Field(ge=0, description="outputs that are not the target's own")
+    samples: int | None = Field(description="continuations per rule, the fewest; null at temperature 0")
     max_abs_z: float | None = Field(description="null at temperature 0: no distribution was compared")
     negative_control_caught: bool | None = Field(description="null where no planted rule was run")
     seconds: float = Field(ge=0)
@@ -127,6 +128,7 @@ def judge(checks: Iterable[Check], seconds: float) -> Verdict:
         passed=done and not differences and bool(caught) and max(scores, default=0.0) < LIMIT_Z,
         compared=sum(row.compared for row in honest),
         differences=differences,
+        samples=min((row.compared for row in honest if row.z), default=None),
         max_abs_z=max(scores, default=None),
         negative_control_caught=caught,
         seconds=seconds,

@@ -107,23 +107,33 @@ def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
         return named.model_copy(
             update={"compared": samples, "z": z, "caught": max(map(abs, z.values())) > MIN_CONTROL_Z}
         )
-    z = _z(llm, RULES[named.rule], samples, truth)
+    rule = RULES[named.rule]
+    z = _z(llm, rule, samples, truth)
     counts = backend.counters(llm)
     names = ("verified_tokens", "accepted_tokens", "draft_forwards_saved", "tokens_stopped_by_confidence")
     return named.model_copy(
         update={
             "compared": samples,
             "z": z,
-            "met": counts["verified_tokens"] > samples / 4 if named.rule != "zero" else not counts["verified_tokens"],
+            "met": _met(rule, counts, samples),
             "counts": {name: counts[name] for name in names},
             "verified_per_position": counts["verified_per_position"],
         }
     )
 
 
+def _met(rule: Mapping[str, Any], counts: Mapping[str, int], samples: int) -> bool:
+    """A rule that verified little proves little, and so does a threshold that stopped nothing."""
+    if rule is RULES["zero"]:
+        return not counts["verified_tokens"]
+    exits = rule["early_exit"]["threshold"] or rule["early_exit"]["min_survival"]
+    stopped = counts["tokens_stopped_by_confidence"] > samples / 4 or not exits
+    return counts["verified_tokens"] > samples / 4 and stopped
+
+
 def _seconds(step: Step) -> float:
     """On a CPU 250 requests of a tiny model are not worth a draft, and a policy that drafts nothing proves nothing."""
-    return 1e-3 * (1.0 + 0.03 * step.draft_steps + 0.0003 * step.verified_tokens)
+    return 1e-3 * (1.0 + 0.01 * step.draft_steps + 0.0001 * step.verified_tokens)
 
 
 def _z(llm: Any, rule: Mapping[str, Any], samples: int, truth: Truth) -> dict[str, float]:

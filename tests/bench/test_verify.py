@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from nwor_vllm.bench import cli, verify, verify_identity, verify_journal
+from nwor_vllm.bench import cli, verify, verify_identity, verify_journal, verify_sampling
 from nwor_vllm.bench.verify_journal import Check, Journal
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
@@ -62,14 +62,33 @@ def test_what_counts_as_proof(checks, passed):
 def test_the_verdicts_json():
     found = json.loads(verify.judge([change(GOOD, z={"jointly": -1.5}), CAUGHT], 1.0).model_dump_json())
     assert list(found) == [
-        "passed", "compared", "differences", "max_abs_z", "negative_control_caught", "seconds", "checks"
+        "passed", "compared", "differences", "samples", "max_abs_z", "negative_control_caught", "seconds", "checks"
     ]  # fmt: skip
     assert (found["compared"], found["differences"], found["max_abs_z"]) == (12, 0, 1.5)
-    assert found["negative_control_caught"] is True
+    assert found["negative_control_caught"] is True and found["samples"] == 12
     verify.Verdict.model_validate(found)
     schema = verify.Verdict.model_json_schema()
     assert schema["additionalProperties"] is False and set(schema["required"]) == set(found)
     assert verify.judge([GOOD], 1.0).negative_control_caught is None
+    assert verify.judge([GOOD, CAUGHT], 1.0).samples is None  # nothing was sampled
+
+
+@pytest.mark.parametrize(
+    ("rule", "verified", "stopped", "met"),
+    [
+        ("fixed", 9000, 0, True),
+        ("fixed", 4000, 0, False),
+        ("early exit", 9000, 9000, True),
+        ("early exit", 9000, 10, False),
+        ("both", 9000, 0, False),
+        ("adaptive", 9000, 0, True),
+        ("zero", 0, 0, True),
+        ("zero", 1, 0, False),
+    ],
+)
+def test_a_sampled_rule_must_have_done_what_it_is_about(rule, verified, stopped, met):
+    counts = {"verified_tokens": verified, "tokens_stopped_by_confidence": stopped}
+    assert verify_sampling._met(verify_sampling.RULES[rule], counts, 20000) is met
 
 
 def test_the_summary_names_what_did_not_happen():

@@ -25,15 +25,17 @@ Tokens = tuple[int, ...]
 
 @contextmanager
 def engine(target: Path, speculative: Mapping[str, Any] | None, **settings: Any) -> Iterator[Any]:
-    """An `LLM` in this process, with the plugin where it speculates. Only one lives at a time."""
+    """An `LLM` in this process, with the plugin where it speculates. Only one lives at a time.
+
+    Started as a user does: what the plugin has to put right it must put right by itself, or the check would hide it.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
 
-    compat.fix_cpu_expand()
     if settings.get("async_scheduling"):
-        compat.allow_async_on_cpu()
+        compat.allow_async_on_cpu()  # the one thing that no user can ask for: vLLM would schedule synchronously
     given: dict[str, Any] = {
         "model": str(target),
         "skip_tokenizer_init": True,
