@@ -1,4 +1,4 @@
-"""What deciding costs: a plan, an observation, and rounds per second of the default policy, on one core.
+"""What deciding costs: a decision, a step's whole share of the policy, and a million rounds replayed, on one core.
 
 python benchmarks/policy_speed.py [--json]
 """
@@ -9,70 +9,80 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from nwor_vllm.bench.sim.curves import CURVES
-from nwor_vllm.bench.sim.replay import Load, replay
+from nwor_vllm.bench.sim.load import Load
+from nwor_vllm.bench.sim.replay import replay
 from nwor_vllm.bench.sim.synthetic import DOMAINS, generate
-from nwor_vllm.policy import Policy, Round, Step, make_policy
+from nwor_vllm.policy import Plan, Round, Step, make_policy
 
 LADDER = (0, 1, 2, 3, 5, 8)
+STEPS = 600
 
 
-def median_us(call: Callable[[], object], times: int = 300) -> float:
-    samples = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(samples)
+def measure(batch: int) -> dict[str, float]:
+    """CPU time of `plan` and `observe` over steps as an engine runs them, confidences included, past the eager start.
 
-
-def warm(batch: int) -> tuple[Policy, list[str], Step]:
-    """A policy that has seen 30 steps with confidences, and a step to show it again."""
+    Learning comes every few steps and the plan is kept in between, so the mean is a step's share; `decision` is the
+    median of the plans that were really made.
+    """
     policy, ids, rng = make_policy("goodput", None, LADDER), [f"r{i}" for i in range(batch)], np.random.default_rng(0)
-    for _ in range(30):
-        k = policy.plan(ids).k
-        drafts = [tuple(rng.uniform(0.2, 0.99, k).tolist()) for _ in ids]
-        rounds = [Round(r, k, k, int(rng.integers(0, k + 1)), c) for r, c in zip(ids, drafts, strict=True)]
-        step = Step(rounds, k, k, 5e-3 * (1 + 0.1 * k), batch, batch * (1 + k))
+    spent, plans = [], []
+    for _ in range(STEPS):
+        start = time.thread_time()
+        plan = policy.plan(ids)
+        planned = time.thread_time()
+        step = _step(plan, ids, rng)
+        learning = time.thread_time()
         policy.observe(step)
-    return policy, ids, step
+        plans.append(planned - start)
+        spent.append(planned - start + time.thread_time() - learning)
+    settled, made = spent[STEPS // 4 :], sorted(plans[STEPS // 4 :])
+    return {
+        "batch": batch,
+        "decision_us": 1e6 * statistics.median(made[-len(made) // 4 :]),
+        "step_us": 1e6 * statistics.mean(settled),
+        "worst_step_us": 1e6 * float(np.quantile(settled, 0.99)),
+    }
+
+
+def _step(plan: Plan, ids: list[str], rng: np.random.Generator) -> Step:
+    k, n = plan.k, len(ids)
+    drafts = rng.uniform(0.2, 0.99, (n, k)).tolist()
+    kept = rng.integers(0, k + 1, n).tolist()
+    rounds = [Round(r, k, k, a, tuple(c)) for r, a, c in zip(ids, kept, drafts, strict=True)]
+    return Step(rounds, k, k, 5e-3 * (1 + 0.1 * k), n, n * (1 + k))
+
+
+def replay_cpu_s(rounds: int, batch: int) -> float:
+    trace = generate(DOMAINS[1], 400, 100, 8, 0)
+    policy, done, start = make_policy("goodput", None, LADDER), 0, time.process_time()
+    while done < rounds:
+        load = Load(trace, tuple(range(400)), batch, min(300_000, 3 * (rounds - done)))
+        done += replay(policy, load, CURVES["h200-8b-eagle"]).rounds
+    return (time.process_time() - start) * rounds / done
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=1_000_000)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="of the replay")
     args = parser.parse_args()
-    rows = []
-    for batch in (1, 8, 32, 256):
-        policy, ids, step = warm(batch)
-        rows.append(
-            {
-                "batch": batch,
-                "plan_us": median_us(lambda p=policy, i=ids: p.plan(i)),  # type: ignore[misc]
-                "observe_us": median_us(lambda p=policy, s=step: p.observe(s)),  # type: ignore[misc]
-            }
-        )
-    trace = generate(DOMAINS[1], 400, 100, 8, 0)
-    load = Load(trace, tuple(range(400)), 32, 3 * args.rounds)
-    start, done, tokens = time.process_time(), 0, 0
-    policy = make_policy("goodput", None, LADDER)
-    while done < args.rounds:
-        out = replay(
-            policy, Load(trace, load.order, 32, min(300_000, 3 * (args.rounds - done))), CURVES["h200-8b-eagle"]
-        )
-        done, tokens = done + out.rounds, tokens + out.tokens
-    result = {"decisions": rows, "rounds": done, "replay_cpu_s": time.process_time() - start}
+    steps = [measure(batch) for batch in (1, 8, 32, 256)]
+    replays = [{"batch": b, "rounds": args.rounds, "cpu_s": replay_cpu_s(args.rounds, b)} for b in args.batches]
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps({"steps": steps, "replays": replays}, indent=1))
         return
-    for row in rows:
-        print(f"batch {row['batch']:>3}: plan {row['plan_us']:.0f} us, observe {row['observe_us']:.0f} us")
-    print(f"{done} rounds of goodput at batch 32, simulator included: {result['replay_cpu_s']:.1f} s of CPU")
+    for row in steps:
+        print(
+            f"batch {row['batch']:>3}: a decision {row['decision_us']:.0f} us, a step's share "
+            f"{row['step_us']:.0f} us, 99 of 100 steps under {row['worst_step_us']:.0f} us"
+        )
+    for got in replays:
+        print(f"{args.rounds} rounds at batch {got['batch']}, simulator included: {got['cpu_s']:.1f} s of CPU")
 
 
 if __name__ == "__main__":
