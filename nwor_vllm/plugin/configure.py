@@ -11,10 +11,12 @@ from typing import Any
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.errors import ConfigError, NworError
 from nwor_vllm.plugin.combine import name_of
+from nwor_vllm.plugin.compat import log
 
 ELASTIC = "nwor_vllm.plugin.scheduler.Elastic"  # the mixin of the two that follow
 SCHEDULER = "nwor_vllm.plugin.scheduler.ElasticScheduler"
 ASYNC_SCHEDULER = "nwor_vllm.plugin.scheduler.ElasticAsyncScheduler"
+OURS = (SCHEDULER, ASYNC_SCHEDULER)
 WORKER = "nwor_vllm.plugin.worker.ElasticWorker"
 
 
@@ -23,6 +25,8 @@ def adapt(stock: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(stock)
     def post_init(self: Any) -> None:
+        if _class_name(self.scheduler_config.scheduler_cls) in OURS and isinstance(self.additional_config, dict):
+            self.additional_config.setdefault("nwor", True)  # to name our scheduler is to ask for us
         try:
             config = load(self.additional_config, os.environ)
             ladder = check(config, self) if config is not None and self.speculative_config is not None else ()
@@ -30,6 +34,8 @@ def adapt(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             _end_in_one_line()
             raise
         if not ladder:
+            if config is not None:
+                _say_idle()
             stock(self)
             return
         if not in_lockstep(self):
@@ -56,9 +62,15 @@ def in_lockstep(vllm_config: Any) -> bool:
     return vllm_config.parallel_config.data_parallel_size > 1 and bool(vllm_config.model_config.is_moe)
 
 
+def _class_name(given: Any) -> str | None:
+    return f"{given.__module__}.{given.__qualname__}" if isinstance(given, type) else given
+
+
 def _end_in_one_line() -> None:
     """The refused start ends the program, unless somebody catches it: its last word is the message, no call stack."""
     stock = sys.excepthook
+    if stock.__module__ == __name__:
+        return  # another start was refused before, and caught
 
     def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
         if isinstance(error, NworError):
@@ -67,6 +79,11 @@ def _end_in_one_line() -> None:
             stock(kind, error, trace)
 
     sys.excepthook = excepthook
+
+
+@functools.cache
+def _say_idle() -> None:
+    log.warning("nwor: there is no speculative_config, so there is nothing to adapt: vLLM runs as it is")
 
 
 def ladder_of(config: NworConfig, k_max: int) -> tuple[int, ...]:
@@ -131,5 +148,6 @@ def install(vllm_config: Any) -> None:
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     stock = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     given = scheduler.scheduler_cls
-    scheduler.scheduler_cls = stock if given is None else name_of(ELASTIC, given)
+    ours = given is None or _class_name(given) in OURS
+    scheduler.scheduler_cls = stock if ours else name_of(ELASTIC, given)
     parallel.worker_extension_cls = name_of(WORKER, parallel.worker_extension_cls or WORKER)

@@ -14,7 +14,8 @@ from typing import Any
 
 from nwor_vllm.config import NworConfig, from_mapping
 from nwor_vllm.errors import ConfigError, MissingError, unknown_key
-from nwor_vllm.plugin.configure import check
+from nwor_vllm.plugin.configure import check, ladder_of
+from nwor_vllm.policy import Round, Step
 
 METHOD = "nwor_control"
 LIVE = frozenset({"policy", "policy_params", "early_exit", "per_request"})  # the rest is fixed at engine start
@@ -70,30 +71,32 @@ def serve_control() -> None:
 
 
 def answer(scheduler: Any, change: dict[str, Any]) -> dict[str, Any]:
-    """What the core's method does. Errors travel as text: the client may be another process."""
+    """What the core's method does: all of the change or, with an error, none. Errors travel as text, being far away."""
     try:
-        settings = {k: v for k, v in change.items() if k not in ACTIONS}
-        if settings:
-            scheduler.nwor_config, scheduler.nwor_policy = changed(scheduler, settings)
-        if change.get("reset"):
-            counters = scheduler.nwor_counters
-            scheduler.nwor_counters = type(counters)(counters.draft_row_bytes, counters.target_row_bytes)
-            scheduler.nwor_requests = type(scheduler.nwor_requests)()
+        config, policy = changed(scheduler, {k: v for k, v in change.items() if k not in ACTIONS})
         if "restore" in change:
-            scheduler.nwor_policy.restore(change["restore"])
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+            policy = restored(scheduler, config, change["restore"])
+        reset = change.get("reset", False)
+        if not isinstance(reset, bool):
+            raise ConfigError(f"reset is {reset!r}; expected true or false")
+    except ConfigError as error:
         return {"error": str(error)}
+    scheduler.nwor_config, scheduler.nwor_policy = config, policy
+    if reset:
+        counters = scheduler.nwor_counters
+        scheduler.nwor_counters = type(counters)(counters.draft_row_bytes, counters.target_row_bytes)
+        scheduler.nwor_requests = type(scheduler.nwor_requests)()
     return {
-        "settings": dataclasses.asdict(scheduler.nwor_config) | {"ladder": list(scheduler.nwor_config.ladder)},
+        "settings": dataclasses.asdict(config) | {"ladder": list(config.ladder)},
         "counters": scheduler.nwor_counters.snapshot(),
-        "policy": scheduler.nwor_policy.snapshot(),
-        "policy_metrics": scheduler.nwor_policy.metrics(),
+        "policy": policy.snapshot(),
+        "policy_metrics": policy.metrics(),
         "requests": scheduler.nwor_requests.snapshot(),
     }
 
 
 def changed(scheduler: Any, settings: dict[str, Any]) -> tuple[NworConfig, Any]:
-    """The new settings and policy; the old ones stay in force when anything is wrong."""
+    """The settings and policy that `settings` lead to."""
     old: NworConfig = scheduler.nwor_config
     for key in settings:
         if key not in LIVE:
@@ -109,3 +112,22 @@ def changed(scheduler: Any, settings: dict[str, Any]) -> tuple[NworConfig, Any]:
     if "policy" not in settings and "policy_params" not in settings:
         return new, scheduler.nwor_policy
     return new, scheduler.nwor_make(new)
+
+
+def restored(scheduler: Any, config: NworConfig, state: Any) -> Any:
+    """A policy that goes on from a snapshot, tried out first: another policy's, or another ladder's, breaks later."""
+    trial, policy = scheduler.nwor_make(config), scheduler.nwor_make(config)
+    try:
+        trial.restore(state)
+        k = trial.plan(["trial"]).k
+        trial.observe(Step([Round("trial", k, k, 0)], k, k, 1.0, requests=1, verified_tokens=1 + k))
+        trial.snapshot()
+        policy.restore(state)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    else:
+        ladder = ladder_of(config, scheduler.nwor_k_max)
+        if k in ladder:
+            return policy
+        why = f"it drafts {k}, and the ladder has {', '.join(map(str, ladder))}"
+    raise ConfigError(f"restore holds no snapshot of policy {config.policy!r} as it is set here ({why})")

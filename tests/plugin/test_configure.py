@@ -91,6 +91,103 @@ def test_contradictions_are_refused_in_one_line(tiny, nwor, speculative, setting
     assert error.value.__cause__ is None
 
 
+WRONG_KINDS = [
+    ({"policy": 3}, "policy is 3; expected str"),
+    ({"per_request": "yes"}, "per_request is 'yes'; expected bool"),
+    ({"ladder": 4}, "ladder is 4; expected a list"),
+    ({"ladder": [-1, 3]}, "ladder is [-1, 3]; expected draft lengths from 0 up"),
+    ({"early_exit": 0.5}, "early_exit is 0.5; expected an object"),
+    ({"early_exit": {"threshold": float("nan")}}, "early_exit.threshold is nan; expected a number"),
+    ({"policy_params": [3]}, "policy_params is [3]; expected an object"),
+    (FIXED | {"policy_params": {"k": -2}}, "policy_params.k is -2"),
+    ({"policy_params": {"memory": -1}}, "policy_params.memory is -1.0; expected a positive number"),
+    ({"polcy": "fixed"}, "unknown setting 'polcy'; did you mean 'policy'?"),
+    ([1], "additional_config.nwor is [1]; expected an object of settings, true or false"),
+]
+
+
+@pytest.mark.parametrize(("nwor", "words"), WRONG_KINDS, ids=[row[1][:40] for row in WRONG_KINDS])
+def test_unknown_names_wrong_types_and_impossible_numbers_are_refused_in_one_line(tiny, nwor, words):
+    with pytest.raises(NworError) as error:
+        configured(tiny, nwor)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_engine_after_refused_starts_is_as_good_as_any(tiny, speculation, token_prompts, engine_settings):
+    from nwor_vllm.bench.backends import vllm as backend
+
+    ask = {"temperature": 0.0, "max_tokens": 16}
+    with backend.engine(tiny[0], None, **engine_settings) as llm:
+        truth = backend.generate(llm, token_prompts, **ask)
+    hook = sys.excepthook
+    for nwor, speculative, settings, _ in REFUSED:
+        with pytest.raises(NworError):
+            configured(tiny, nwor, speculative, **settings)
+    once = sys.excepthook
+    with pytest.raises(NworError), backend.engine(tiny[0], speculation, additional_config={"nwor": {"policy": "x"}}):
+        pass
+    assert sys.excepthook is once  # refusals do not pile up
+    sys.excepthook = hook
+    with backend.engine(tiny[0], speculation, additional_config={"nwor": {}}, **engine_settings) as llm:
+        assert backend.generate(llm, token_prompts, **ask) == truth
+        assert backend.counters(llm)["accepted_tokens"] > 0
+
+
+def live(config):
+    """The part of a scheduler that a live change reads."""
+    from nwor_vllm.config import load
+
+    return types.SimpleNamespace(
+        nwor_config=load(config.additional_config, {}), nwor_policy=None, vllm_config=config,
+        nwor_make=lambda new: pytest.fail("a policy was made"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"early_exit": {"threshold": 0.1}}, {"early_exit": {"min_survival": 0.1}}, {"policy": "goodput"}],
+    ids=str,
+)
+def test_a_live_change_into_a_contradiction_is_refused_like_a_start(tiny, experts, change):
+    """Engines over several pipeline stages, or experts' ranks, do not run on every machine; their settings exist."""
+    from nwor_vllm.plugin.control import answer
+
+    lockstep = live(configured(tiny, FIXED, model=str(experts), data_parallel_size=2))
+    assert "data_parallel_size is 2" in answer(lockstep, change)["error"]
+    stages = live(configured(tiny, FIXED, pipeline_parallel_size=2))
+    if "early_exit" in change:
+        assert "pipeline_parallel_size is 2" in answer(stages, change)["error"]
+    assert lockstep.nwor_config == stages.nwor_config == live(configured(tiny, FIXED)).nwor_config
+
+
+def test_naming_our_scheduler_asks_for_the_plugin(tiny):
+    """`--scheduler-cls`, without `additional_config`: the official form of the same."""
+    from nwor_vllm.plugin import configure
+
+    for given in configure.OURS:
+        config = configured(tiny, None, scheduler_cls=given, async_scheduling=False)
+        assert config.scheduler_config.scheduler_cls == configure.SCHEDULER
+        assert config.additional_config == {"nwor": True}
+        assert config.speculative_config.num_speculative_tokens_per_batch_size
+        assert config.parallel_config.worker_extension_cls == configure.WORKER
+    off = configured(tiny, {"enabled": False}, scheduler_cls=configure.SCHEDULER, async_scheduling=False)
+    assert off.speculative_config.num_speculative_tokens_per_batch_size is None
+
+
+def test_without_speculation_the_log_says_that_nothing_is_adapted(tiny, caplog):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from nwor_vllm.plugin import configure
+
+    configure._say_idle.cache_clear()
+    with caplog.at_level("WARNING", "vllm.nwor"):
+        for _ in range(2):
+            config = EngineArgs(model=str(tiny[0]), skip_tokenizer_init=True, additional_config={"nwor": {}})
+            assert config.create_engine_config().scheduler_config.scheduler_cls is None
+    said = [record.getMessage() for record in caplog.records if record.name == "vllm.nwor"]
+    assert said == ["nwor: there is no speculative_config, so there is nothing to adapt: vLLM runs as it is"]
+
+
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """The configuration of a mixture of experts, as far as vLLM's own configuration reads it."""
