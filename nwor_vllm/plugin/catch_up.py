@@ -8,7 +8,8 @@ but for the last rows of a request that ended meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 class _Skipped:
     """One step without a draft forward: row numbers by request, and what the drafter missed."""
 
-    rows: dict[str, int]
+    rows: dict[str, int]  # one and the same for successive steps of a batch
     tokens: torch.Tensor
     positions: torch.Tensor
     hidden: torch.Tensor | None
@@ -30,10 +31,15 @@ class CatchUp:
         self.proposer = proposer
         self.shared = bool(proposer.vllm_config.cache_config.enable_prefix_caching)
         self.steps: list[_Skipped] = []
+        self.kept = 0  # rows, also of requests that are gone while others of their step are not
 
     def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
+        rows = self.steps[-1].rows if self.steps else {}
+        if list(rows) != ids:
+            rows = {i: r for r, i in enumerate(ids)}
         kept = hidden.clone() if self.proposer.pass_hidden_states_to_model else None
-        self.steps.append(_Skipped({i: r for r, i in enumerate(ids)}, tokens.clone(), positions.clone(), kept))
+        self.steps.append(_Skipped(rows, tokens.clone(), positions.clone(), kept))
+        self.kept += len(ids)
 
     def forget(self, ids: Iterable[str]) -> None:
         """These requests are gone, or will be prefilled anew."""
@@ -42,39 +48,44 @@ class CatchUp:
                 for step in self.steps:
                     step.rows.pop(request_id, None)
             self.steps = [step for step in self.steps if step.rows]
+            self.kept = sum([len(step.tokens) for step in self.steps])
 
     @property
     def due(self) -> bool:
         """As many rows have gathered as one forward can take, or a block's worth of steps that others may want."""
-        if len(self.steps) >= self.proposer.block_size and self.shared:
+        if self.shared and len(self.steps) >= self.proposer.block_size:
             return True
-        rows = sum(len(step.rows) for step in self.steps)
-        return bool(rows + self.proposer.max_batch_size > self.proposer.max_num_tokens)
+        return bool(self.kept + self.proposer.max_batch_size > self.proposer.max_num_tokens)
 
     def replay(self, ids: Sequence[str], batch: Any) -> int:
         """Feed the drafter what requests of this batch missed; returns the rows. `batch`: their attention metadata."""
-        taken = [(request, step) for request in range(len(ids)) for step in self.steps if ids[request] in step.rows]
-        if not taken:
+        steps = list(zip(self.steps, [0, *itertools.accumulate(len(step.tokens) for step in self.steps)], strict=False))
+        missed = {  # request -> its rows among all that are kept
+            request: rows
+            for request, i in enumerate(ids)
+            if (rows := [before + step.rows[i] for step, before in steps if i in step.rows])
+        }
+        if not missed:
             return 0
-        rows = [(step, step.rows[ids[request]]) for request, step in taken]
-        tokens = torch.stack([step.tokens[row] for step, row in rows])
-        positions = torch.stack([step.positions[row] for step, row in rows])
-        hidden = [step.hidden[row] for step, row in rows if step.hidden is not None]
-        attention = self._attention([request for request, _ in taken], positions, batch)
-        self.proposer.nwor_feed(tokens, positions, torch.stack(hidden) if hidden else None, attention)
+        tokens = torch.cat([step.tokens for step in self.steps])
+        pick = torch.tensor(list(itertools.chain.from_iterable(missed.values())), device=tokens.device)
+        positions = torch.cat([step.positions for step in self.steps])[pick]
+        hidden = [step.hidden for step in self.steps if step.hidden is not None]
+        attention = self._attention({r: len(rows) for r, rows in missed.items()}, positions, batch)
+        self.proposer.nwor_feed(tokens[pick], positions, torch.cat(hidden)[pick] if hidden else None, attention)
         self.forget(ids)
-        return len(rows)
+        return len(pick)
 
-    def _attention(self, owners: list[int], positions: torch.Tensor, batch: Any) -> Any:
-        """One query per request over its missed rows; their blocks are still in the request's table."""
-        requests = sorted(set(owners))
-        counts = [owners.count(r) for r in requests]
-        ends = torch.tensor(counts).cumsum(0)
+    def _attention(self, missed: Mapping[int, int], positions: torch.Tensor, batch: Any) -> Any:
+        """One query per request over as many rows as it missed; their blocks are still in the request's table."""
+        requests, counts = list(missed), torch.tensor(list(missed.values()))
+        ends = counts.cumsum(0)
         starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
         device, size = positions.device, self.proposer.block_size
-        table = batch.block_table_tensor
-        blocks = table[torch.tensor(owners, device=device), positions // size].to(torch.int64)
         index = torch.tensor(requests, device=device)
+        table = batch.block_table_tensor[index]
+        owners = torch.arange(len(requests)).repeat_interleave(counts).to(device)
+        blocks = table[owners, positions // size].to(torch.int64)
         bound = batch.seq_lens_cpu_upper_bound
         return type(batch)(
             query_start_loc=starts.to(device),
@@ -83,9 +94,9 @@ class CatchUp:
             seq_lens_cpu_upper_bound=None if bound is None else bound[requests],
             num_reqs=len(requests),
             num_actual_tokens=len(owners),
-            max_query_len=max(counts),
+            max_query_len=int(counts.max()),
             max_seq_len=batch.max_seq_len,
-            block_table_tensor=table[index],
+            block_table_tensor=table,
             slot_mapping=blocks * size + positions % size,
             causal=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,8 @@ class Missed:
 
 
 class CatchUpV2(CatchUp):
-    def _attention(self, owners: list[int], positions: torch.Tensor, batch: Any) -> Missed:
-        requests = sorted(set(owners))
-        counts = [owners.count(r) for r in requests]
-        return Missed(requests, np.cumsum([0, *counts], dtype=np.int32), batch)
+    def _attention(self, missed: Mapping[int, int], positions: torch.Tensor, batch: Any) -> Missed:
+        return Missed(list(missed), np.cumsum([0, *missed.values()], dtype=np.int32), batch)
 
 
 class Fed(_StockSpeculator):  # type: ignore[misc]
@@ -66,8 +65,9 @@ class Fed(_StockSpeculator):  # type: ignore[misc]
     def nwor_forget(self, step: Any) -> None:
         """Requests that are gone, or will be prefilled anew."""
         if self.nwor_catch_up is not None:
-            self.nwor_catch_up.forget(r.req_id for r in step.scheduled_new_reqs)
-            self.nwor_catch_up.forget((*step.finished_req_ids, *(step.preempted_req_ids or ())))
+            new = [r.req_id for r in step.scheduled_new_reqs]
+            if gone := [*new, *step.finished_req_ids, *(step.preempted_req_ids or ())]:
+                self.nwor_catch_up.forget(gone)
 
     def nwor_feed(self: Any, tokens: torch.Tensor, positions: torch.Tensor, hidden: Any, missed: Missed) -> None:
         """A forward for its K/V alone: what steps without a draft left out."""

@@ -44,6 +44,7 @@ class Feature:
 
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_BOUNDARIES = "vllm.v1.core.kv_cache_coordinator:replay_boundaries"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _SEVERAL_SERVERS = "prometheus_client.multiprocess:MultiProcessCollector.collect"
@@ -78,6 +79,12 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("acceptance feed", "engine", (Need(f"{_SCHEDULER}.make_spec_decoding_stats", ("request_id",)),)),
     Feature("draft length per request", "engine", (Need(f"{_SCHEDULER}.update_draft_token_ids"),)),
+    Feature(
+        "replay boundaries of a prompt, worked out once",
+        "engine",
+        (Need(_BOUNDARIES, ("num_prompt_tokens", "scheduler_block_size", "use_eagle")),),
+        Patch(_BOUNDARIES, "nwor_vllm.plugin.scheduler:adapt_boundaries"),
+    ),
     Feature("run-time control", "engine", (Need("vllm.v1.engine.core_client:EngineCoreClient"),)),
     Feature(
         "metrics of several API servers",
@@ -106,6 +113,16 @@ FEATURES: tuple[Feature, ...] = (
         "trimming under asynchronous scheduling on the V1 runner",
         "worker",
         (Need(f"{_RUNNER}._update_states", ("scheduler_output",)), Need(f"{_RUNNER}.execute_model")),
+    ),
+    Feature(
+        "steps without drafts on the V1 runner",
+        "worker",
+        (
+            Need(f"{_RUNNER}._calc_spec_decode_metadata", ("num_draft_tokens", "cu_num_scheduled_tokens")),
+            Need(f"{_RUNNER}._sample", ("logits", "spec_decode_metadata")),
+            Need("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", ("num_draft_tokens",)),
+            Need(f"{_RUNNER}.take_draft_token_ids"),
+        ),
     ),
     Feature(
         "no write on reject on the V1 runner",

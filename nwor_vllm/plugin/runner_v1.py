@@ -23,6 +23,7 @@ from nwor_vllm.plugin.drafter_v1 import elastic
 from nwor_vllm.plugin.judge import Scratch
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of
 
+SKIPPED = DraftReport(0, 0)  # nothing to draft, and no forward of the drafter
 _StockRunner: Any = object  # the vLLM class that `adapt` puts behind the mixin
 
 
@@ -69,21 +70,22 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
 
     def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> Any:
         """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
-        ids, catch_up = list(self.input_batch.req_ids), self.nwor_catch_up
-        n = len(ids)
-        if self.discard_request_mask.np[:n].any():
+        ids, catch_up = self.input_batch.req_ids, self.nwor_catch_up
+        n, counted = len(ids), self.valid_sampled_token_count_event is not None
+        if True in self.discard_request_mask.np[:n].tolist():
             tokens, counts = self.drafter.prepare_next_token_ids_padded(
                 sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
             )
         else:  # one valid token each
-            tokens = sampled[:, 0].to(torch.int32)
-            counts = torch.ones_like(tokens)
-        self._copy_valid_sampled_token_count(tokens, counts)
+            tokens = sampled[:, 0]
+            counts = torch.ones_like(tokens) if counted else None
+        if counted:
+            self._copy_valid_sampled_token_count(tokens, counts)
         if self.use_aux_hidden_state_outputs:
             hidden = torch.cat([h[:n] for h in aux], dim=-1)
         fed = tokens if self.drafter.pass_hidden_states_to_model else self.input_ids.gpu[:n]
-        catch_up.skip(ids, fed[:n], self._get_positions(n), hidden[:n])
-        self.nwor_last = DraftReport(0, 0)
+        catch_up.skip(ids, fed, self._get_positions(n), hidden[:n])
+        self.nwor_last = SKIPPED
         if catch_up.due:
             self.nwor_replay(ids, rest[-2])
             self.nwor_last = DraftReport(0, 1)
@@ -133,8 +135,9 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
     def _update_states(self, scheduler_output: Any) -> Any:
         if self.nwor_catch_up is not None:
             step = scheduler_output
-            self.nwor_catch_up.forget(r.req_id for r in step.scheduled_new_reqs)
-            self.nwor_catch_up.forget((*step.finished_req_ids, *step.scheduled_cached_reqs.resumed_req_ids))
+            new = [r.req_id for r in step.scheduled_new_reqs]
+            if gone := [*new, *step.finished_req_ids, *step.scheduled_cached_reqs.resumed_req_ids]:
+                self.nwor_catch_up.forget(gone)
         correct = super()._update_states(scheduler_output)
         # The scheduler advanced every request by its placeholders; what it takes back is counted from there.
         for request_id in self.nwor_cut:
@@ -151,9 +154,32 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
         return output if report is None else compat.attach(output, report)
 
 
+class PlainSteps(_StockRunner):  # type: ignore[misc]
+    """Steps that verify no drafts do what they would do without speculation."""
+
+    nwor_plain: dict[int, Any]  # what vLLM works out for a batch without drafts, by its size
+    nwor_last: DraftReport | None
+
+    def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> Any:
+        n = len(num_draft_tokens)
+        if cu_num_scheduled_tokens[-1] != n:
+            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
+        if n not in self.nwor_plain:  # one token of each request
+            self.nwor_plain[n] = super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
+        return self.nwor_plain[n]
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None  # nothing to reject
+        return super()._sample(logits, spec_decode_metadata)
+
+    def take_draft_token_ids(self) -> Any:
+        return None if self.nwor_last is SKIPPED else super().take_draft_token_ids()
+
+
 @functools.cache
-def _elastic_runner(stock: type[Any]) -> type[Any]:
-    return type(f"Elastic{stock.__name__}", (ElasticRunner, stock), {})
+def _elastic_runner(stock: type[Any], *mixins: type[Any]) -> type[Any]:
+    return type(f"Elastic{stock.__name__}", (*mixins, stock), {})
 
 
 def adopt(runner: Any) -> None:
@@ -163,7 +189,8 @@ def adopt(runner: Any) -> None:
     if config is None or not hasattr(drafter, "propose") or not hasattr(drafter, "needs_extra_input_slots"):
         return
     classes: tuple[Any, Any] = (type(drafter), type(runner))
-    drafter.__class__, runner.__class__ = elastic(classes[0]), _elastic_runner(classes[1])
+    mixins = (ElasticRunner, PlainSteps) if compat.has("steps without drafts on the V1 runner") else (ElasticRunner,)
+    drafter.__class__, runner.__class__ = elastic(classes[0]), _elastic_runner(classes[1], *mixins)
     runner.nwor_config = config
     runner.nwor_trims = compat.has("trimming under asynchronous scheduling on the V1 runner")
     runner.nwor_pads = config.no_write_on_reject and compat.has("no write on reject on the V1 runner")
@@ -172,7 +199,7 @@ def adopt(runner: Any) -> None:
     drafter.nwor_draws = getattr(drafter, "_enable_probabilistic_draft_probs", True)
     runner.nwor_state = Scratch() if host else StopState.create(runner.max_num_reqs, k_max, runner.device)
     runner.nwor_catch_up = CatchUp(drafter) if usable(runner) else None
-    runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows = {}, {}, [0, 0]
+    runner.nwor_lengths, runner.nwor_cut, runner.nwor_rows, runner.nwor_plain = {}, {}, [0, 0], {}
 
 
 def adapt(stock: Callable[..., None]) -> Callable[..., None]:

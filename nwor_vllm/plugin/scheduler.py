@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -51,6 +51,7 @@ class _Drafted:
 class Elastic(_StockScheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        compat.apply("engine")
         config = load(self.vllm_config.additional_config, os.environ)
         self.nwor_k_max = self.num_spec_tokens
         self.nwor_dynamic = self.dynamic_sd_lookup is not None  # type: ignore[has-type]
@@ -96,9 +97,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()
         step = super().schedule(*args, **kwargs)
-        if step.num_scheduled_tokens:
+        step.nwor_k = step.num_spec_tokens_to_schedule
+        if step.nwor_k and step.num_scheduled_tokens:
             step.nwor = orders = self.nwor_orders()
-            step.nwor_k = step.num_spec_tokens_to_schedule
             self.nwor_shorten(step, orders.caps)
         for request_id in step.finished_req_ids:
             self.nwor_policy.forget(request_id)
@@ -154,8 +155,10 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
         k = getattr(step, "nwor_k", 0)
         cut = report.cut if report is not None else {}
-        drafts = step.scheduled_spec_decode_tokens
-        decoding = sum([n == 1 + len(drafts.get(i, ())) for i, n in step.num_scheduled_tokens.items()])
+        drafts, tokens = step.scheduled_spec_decode_tokens, step.num_scheduled_tokens
+        decoding = len(tokens)
+        if step.total_num_scheduled_tokens > decoding:
+            decoding = sum([n == 1 + len(drafts.get(i, ())) for i, n in tokens.items()])
         trimmed = sum(cut.values()) if cut else 0
         verified = decoding + sum([len(t) for t in drafts.values()]) - trimmed
         draft_steps = min(report.forwards, k) if report is not None else k
@@ -202,6 +205,11 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         super().shutdown()
         self.nwor_publisher.close()
         compat.log.info("nwor: %s", self.nwor_counters.snapshot())
+
+
+def adapt_boundaries(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Around a function of a prompt's length that vLLM calls for every request in every step."""
+    return functools.lru_cache(maxsize=4096)(stock)
 
 
 @functools.cache
