@@ -99,7 +99,7 @@ class Pieces:
         return found
 
 
-def engine(arm: str, target: str, requests: int, k: int) -> Any:
+def engine(arm: str, target: str, requests: int, k: int, prefixes: bool) -> Any:
     import vllm
 
     settings: dict[str, Any] = {}
@@ -112,22 +112,23 @@ def engine(arm: str, target: str, requests: int, k: int) -> Any:
         settings["speculative_config"] = drafts
     return vllm.LLM(
         model=str(zoo.path(target)), dtype="bfloat16", enforce_eager=True, max_model_len=512, seed=0,
-        max_num_seqs=requests, enable_prefix_caching=False, async_scheduling=False, block_size=32,
+        max_num_seqs=requests, enable_prefix_caching=prefixes, async_scheduling=False, block_size=32,
         num_gpu_blocks_override=16 * requests + 2, **settings,
     )  # fmt: skip
 
 
-def run(llm: Any, prompts: Sequence[Any], params: Any, clock: Callable[[], float]) -> tuple[float, int]:
+def run(llm: Any, prompts: Sequence[Any], params: Any, pieces: Pieces) -> tuple[float, int]:
     """Seconds and number of the engine steps after the first, which holds the prefill."""
     core = llm.llm_engine
     for index, prompt in enumerate(prompts):
         core.add_request(f"r{index}", {"prompt_token_ids": prompt}, params)
     core.step()
-    steps, started = 0, clock()
+    pieces.take(1)
+    steps, started = 0, pieces.clock()
     while core.has_unfinished_requests():
         core.step()
         steps += 1
-    return clock() - started, steps
+    return pieces.clock() - started, steps
 
 
 def prompts_of(tokenizer: Any, requests: int, seed: int) -> list[Any]:
@@ -150,6 +151,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--arms", nargs="+", default=["stock", "fixed", "watched", "never_stops", "goodput"], choices=ARMS
     )
+    parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--pieces", action="store_true")
     args = parser.parse_args(argv)
@@ -160,20 +162,19 @@ def main(argv: Sequence[str]) -> int:
 
     from nwor_vllm.plugin import control
 
-    clock = time.perf_counter if args.wall else time.thread_time
-    pieces = Pieces(clock)
+    pieces = Pieces(time.perf_counter if args.wall else time.thread_time)
     engines: dict[str, Any] = {}
     for arm in args.arms:
         kind = arm if ARMS[arm] is None else "plugin"
         if kind not in engines:
-            engines[kind] = engine(kind, args.target, args.requests, args.k)
+            engines[kind] = engine(kind, args.target, args.requests, args.k, args.prefix_caching)
             if args.pieces:
                 pieces.watch(engines[kind].llm_engine)
         engines[arm] = engines[kind]
     params = vllm.SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
     seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
     steps: dict[str, list[int]] = {arm: [] for arm in args.arms}
-    split: dict[str, dict[str, list[float]]] = {}
+    split: dict[str, list[dict[str, list[float]]]] = {arm: [] for arm in args.arms}
     learnt: dict[str, dict[str, Any]] = {}
     for block in range(-1, args.blocks):  # block -1 warms up
         prompts = prompts_of(engines[args.arms[0]].get_tokenizer(), args.requests, block + 1)
@@ -183,14 +184,13 @@ def main(argv: Sequence[str]) -> int:
             llm, setting = engines[arm], ARMS[arm]
             if setting is not None:
                 control.apply(llm, setting | learnt.get(arm, {}))
-            pieces.take(1)
-            taken, made = run(llm, prompts, params, clock)
+            taken, made = run(llm, prompts, params, pieces)
             if arm == "goodput":
                 learnt[arm] = {"restore": control.snapshot(llm)["policy"]}
             if block >= 0:
                 seconds[arm].append(taken)
                 steps[arm].append(made)
-                split[arm] = pieces.take(made)
+                split[arm].append(pieces.take(made))
     first = args.arms[0]
     each = {arm: [s / n for s, n in zip(seconds[arm], steps[arm], strict=True)] for arm in args.arms}
     report = {
@@ -206,10 +206,11 @@ def main(argv: Sequence[str]) -> int:
     for arm, row in report.items():
         print(json.dumps({"arm": arm} | row))
     if args.pieces:
-        names = sorted({n for found in split.values() for n in found})
-        print(f"{'us per step (calls)':58}" + "".join(f"{arm:>16}" for arm in split))
+        names = sorted({n for blocks in split.values() for found in blocks for n in found})
+        print(f"{'us per step (calls), medians':58}" + "".join(f"{arm:>16}" for arm in split))
         for name in names:
-            cells = [split[arm].get(name, [0.0, 0.0]) for arm in split]
+            rows = [[found.get(name, [0.0, 0.0]) for found in blocks] for blocks in split.values()]
+            cells = [[statistics.median(column) for column in zip(*blocks, strict=True)] for blocks in rows]
             print(f"{name:58}" + "".join(f"{us:9.0f} ({calls:4.1f})" for us, calls in cells))
     return 0
 
