@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 
 import pytest
 
 from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.messages import DraftReport
-from nwor_vllm.policy import Round, Step
+from nwor_vllm.policy import POLICIES, Round, Step, make_policy
 
 pytestmark = pytest.mark.vllm  # the metrics module builds on vLLM's logger interface
 
@@ -127,3 +128,33 @@ def test_the_dashboard_and_the_guide_use_names_that_exist(root):
     assert asked == NAMES
     guide = set(re.findall(r"`(nwor_\w+)`", (root / "docs/serving.md").read_text())) - {"nwor_vllm"}
     assert guide == NAMES
+
+
+def reported(name):
+    """What a policy reports once it has learnt something."""
+    rng, policy = random.Random(0), make_policy(name, None, (0, 1, 2, 3, 5, 8))
+    for _ in range(300):
+        k = policy.plan(["a"]).k
+        confidence = tuple(rng.random() for _ in range(k))
+        kept = next((i for i, c in enumerate(confidence) if rng.random() > c), k)
+        rounds = [Round("a", k, k, kept, confidence)]
+        policy.observe(Step(rounds, k, k, 1e-3 * (5 + k), requests=1, verified_tokens=1 + k, judged_steps=k))
+    return set(policy.metrics())
+
+
+def test_what_policies_report_is_explained_and_drawn(root):
+    dashboard = json.loads((root / "docs/grafana/nwor.json").read_text())
+    asked = [t["expr"] for p in dashboard["panels"] for t in p["targets"] if "nwor_policy" in t["expr"]]
+    filters = [re.fullmatch(r'nwor_policy\{value(=~|!~)"(.*)"\}', expr).groups() for expr in asked]
+    (rest,) = (pattern for kind, pattern in filters if kind == "!~")
+    drawn = [pattern for kind, pattern in filters if kind == "=~"]
+    goodput = reported("goodput")
+    assert {"cost_error", "calibration_error", "guard_trips", "guard_fallback_k"} <= goodput
+    for value in goodput:
+        shown = [pattern for pattern in drawn if re.fullmatch(pattern, value)]
+        assert len(shown) == (1 if re.fullmatch(rest, value) else 0), value
+    assert all(any(re.fullmatch(part, value) for value in goodput) for p in drawn for part in p.split("|"))
+    guide = (root / "docs/serving.md").read_text()
+    for name in POLICIES:
+        for value in reported(name):
+            assert f"`{re.sub(r'k[0-9]+$', 'kN', value)}`" in guide, (name, value)
