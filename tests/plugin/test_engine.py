@@ -120,39 +120,124 @@ def test_counts_are_true_under_trimming(engine, token_prompts):
     assert len(requests) <= len(token_prompts)
 
 
-def test_a_setting_that_is_wrong_changes_nothing(engine):
+WRONG = [
+    ({"policy": "goodputt"}, "did you mean 'goodput'"),
+    ({"policy": 3}, "policy is 3; expected str"),
+    ({"early_exit": {"threshold": 1.5}}, "early_exit.threshold is 1.5; expected a number in 0..1"),
+    ({"early_exit": {"min_survival": -1}}, "early_exit.min_survival is -1.0; expected a number in 0..1"),
+    ({"early_exit": {"threshold": float("nan")}}, "early_exit.threshold is nan"),
+    ({"early_exit": {"treshold": 0.1}}, "unknown setting 'early_exit.treshold'; did you mean 'early_exit.threshold'?"),
+    ({"early_exit": 0.5}, "early_exit is 0.5; expected an object"),
+    ({"per_request": 1}, "per_request is 1; expected bool"),
+    ({"ladder": [1]}, "unknown live setting 'ladder'"),
+    ({"polcy": "off"}, "unknown live setting 'polcy'; did you mean 'policy'?"),
+    ({"policy": "fixed", "policy_params": {"k": 4}}, "policy_params.k is 4; the ladder has 0, 1, 2, 3, 5"),
+    ({"policy": "fixed", "policy_params": {"k": 9}}, "policy_params.k is 9; the ladder has 0, 1, 2, 3, 5"),
+    ({"policy": "fixed", "policy_params": {"kk": 4}}, "policy_params.kk"),
+    ({"policy": "fixed", "policy_params": [4]}, "policy_params is [4]; expected an object"),
+    ({"policy": "off", "reset": "no"}, "reset is 'no'; expected true or false"),
+    ({"policy": "off", "restore": 5}, "restore holds no snapshot of policy 'off'"),
+    ({"policy": "fixed", "restore": {"k": 4}}, "it drafts 4, and the ladder has 0, 1, 2, 3, 5"),
+    ({"policy": "goodput", "restore": {"plan": 1}}, "restore holds no snapshot of policy 'goodput'"),
+]
+
+
+def test_a_change_that_is_wrong_is_refused_in_one_line_and_changes_nothing(engine, truth, token_prompts):
+    """Asked for while requests run: what they write is what they would have written."""
+    import vllm
+
+    from nwor_vllm.bench.backends import vllm as backend
     from nwor_vllm.errors import ConfigError
     from nwor_vllm.plugin import control
 
-    control.apply(engine, RULES[3])
-    before = control.snapshot(engine)["settings"]
-    for change, words in [
-        ({"policy": "goodputt"}, "did you mean 'goodput'"),
-        ({"early_exit": {"threshold": 1.5}}, "early_exit.threshold is 1.5; expected a number in 0..1"),
-        ({"ladder": [1]}, "unknown live setting 'ladder'"),
-        ({"policy": "fixed", "policy_params": {"k": 4}}, "policy_params.k is 4; the ladder has 0, 1, 2, 3, 5"),
-        ({"policy": "fixed", "policy_params": {"kk": 4}}, "policy_params.kk"),
-    ]:
+    backend.switch(engine, RULES[3])
+    core = engine.llm_engine
+    before, policy = control.snapshot(engine), core.engine_core.engine_core.scheduler.nwor_policy
+    params = vllm.SamplingParams(**GREEDY, ignore_eos=True, detokenize=False)
+    for index, prompt in enumerate(token_prompts):
+        core.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+    found, changes = {}, itertools.cycle(WRONG)
+    for _ in WRONG:
+        change, words = next(changes)
         with pytest.raises(ConfigError) as error:
             control.apply(engine, change)
-        assert words in str(error.value)
-        assert control.snapshot(engine)["settings"] == before
+        assert words in str(error.value) and "\n" not in str(error.value)
+        after = control.snapshot(engine)
+        assert after["settings"] == before["settings"]
+        assert core.engine_core.engine_core.scheduler.nwor_policy is policy
+        found |= {out.request_id: tuple(out.outputs[0].token_ids) for out in core.step() if out.finished}
+    while core.has_unfinished_requests():
+        found |= {out.request_id: tuple(out.outputs[0].token_ids) for out in core.step() if out.finished}
+    assert [found[str(index)] for index in range(len(token_prompts))] == truth[0]
 
 
-def test_nan_logits_stop_the_draft_and_nothing_else(engine, truth, token_prompts, monkeypatch, caplog):
+def test_what_was_learnt_comes_back_and_another_ladders_snapshot_does_not(engine, truth, token_prompts):
+    from nwor_vllm.bench.backends import vllm as backend
+    from nwor_vllm.errors import ConfigError
+    from nwor_vllm.plugin import control
+    from nwor_vllm.policy import make_policy
+
+    backend.switch(engine, {"policy": "goodput", "early_exit": {"threshold": 0.0, "min_survival": 0.0}})
+    backend.generate(engine, token_prompts, **GREEDY)
+    learnt = control.snapshot(engine)["policy"]
+    control.apply(engine, {"policy": "off"})
+    assert control.apply(engine, {"policy": "goodput", "restore": learnt})["policy"] == learnt
+    with pytest.raises(ConfigError, match="restore holds no snapshot of policy 'goodput' as it is set here"):
+        control.apply(engine, {"policy": "goodput", "restore": make_policy("goodput", None, (0, 1, 2)).snapshot()})
+    assert backend.generate(engine, token_prompts, **GREEDY) == truth[0]
+
+
+def no_number(logits):
     import torch
 
+    return torch.full_like(logits, torch.nan)
+
+
+def no_number_in_some_rows(logits):
+    logits = logits.clone()
+    logits[::2] = float("nan")
+    return logits
+
+
+def one_that_is_none(logits):
+    logits = logits.clone()
+    logits[:, 7] = float("nan")
+    return logits
+
+
+def infinite(logits):
+    import torch
+
+    return torch.full_like(logits, torch.inf)
+
+
+@pytest.mark.parametrize("broken", [no_number, no_number_in_some_rows, one_that_is_none, infinite])
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3], RULES[4], RULES[5]], ids=str)
+def test_a_drafter_without_numbers_changes_no_output(engine, truth, token_prompts, monkeypatch, caplog, broken, rule):
+    """At temperature 0, and where the sampler draws from what top_k = 1 leaves, which is the same token."""
     from nwor_vllm.bench.backends import vllm as backend
 
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     proposer = engine.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
     stock = proposer.model.compute_logits
-    monkeypatch.setattr(proposer.model, "compute_logits", lambda h: torch.full_like(stock(h), torch.nan))
-    backend.switch(engine, RULES[3])
+    monkeypatch.setattr(proposer.model, "compute_logits", lambda hidden: broken(stock(hidden)))
+    monkeypatch.setattr(scheduler, "nwor_told", False)
+    backend.switch(engine, rule)
     with caplog.at_level("WARNING", "vllm.nwor"):
         assert backend.generate(engine, token_prompts, **GREEDY) == truth[0]
-    assert backend.counters(engine)["verified_tokens"] == 0
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "vllm.nwor"]
+    counts = backend.counters(engine)
+    sampled = backend.generate(engine, token_prompts, temperature=1.0, top_k=1, max_tokens=GREEDY["max_tokens"])
+    assert sampled == truth[0]
+    said = [record.getMessage() for record in caplog.records if record.name == "vllm.nwor"]
+    if rule is RULES[0]:  # nothing reads confidences, so nothing is noticed, and nothing may go wrong
+        assert said == []
+        return
+    (said,) = said
     assert said.startswith("nwor: the drafter's logits are not finite, so its drafts end: ")
+    if broken is no_number_in_some_rows:
+        assert counts["verified_tokens"] > 0
+    elif rule is not RULES[5]:
+        assert counts["verified_tokens"] == 0
 
 
 def test_rejected_and_stopped_rows_change_no_acceptance(engine, token_prompts):
