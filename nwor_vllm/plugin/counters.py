@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Counters:
     step_seconds: float = 0.0
     length_histogram: Counter[int] = field(default_factory=Counter)  # planned draft length -> steps
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (verified, accepted) -> rounds
+    number: int = field(default_factory=itertools.count().__next__)  # a step counts where it was planned
 
     def report(self, report: DraftReport, skipped_rows: int, caps: Mapping[str, int]) -> None:
         """A drafting; `skipped_rows` target rows will not be verified because of it."""

@@ -97,7 +97,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()
         step = super().schedule(*args, **kwargs)
-        step.nwor_k = step.num_spec_tokens_to_schedule
+        step.nwor_k, step.nwor_counted = step.num_spec_tokens_to_schedule, self.nwor_counters.number
         if step.nwor_k and step.num_scheduled_tokens:
             step.nwor = orders = self.nwor_orders()
             self.nwor_shorten(step, orders.caps)
@@ -131,9 +131,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         confidence: tuple[float, ...] = ()
         if draft is not None:
             drafted, confidence = max(draft.drafted, verified), draft.confidence
-        done = Round(request_id, drafted, verified, kwargs["num_accepted_tokens"], confidence)
-        self.nwor_rounds.append(done)
-        self.nwor_requests.add(done)
+        self.nwor_rounds.append(Round(request_id, drafted, verified, kwargs["num_accepted_tokens"], confidence))
         return super().make_spec_decoding_stats(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -153,7 +151,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         now = time.perf_counter()
         start = self.nwor_ended if self.nwor_busy else max(self.nwor_ended, self.nwor_started)
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
-        k = getattr(step, "nwor_k", 0)
+        k = step.nwor_k
         cut = report.cut if report is not None else {}
         drafts, tokens = step.scheduled_spec_decode_tokens, step.num_scheduled_tokens
         decoding = len(tokens)
@@ -176,16 +174,20 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_policy.observe(measured)
         if self.nwor_publisher.due:
             self.nwor_publish()
-        self.nwor_counters.step(measured)
-        if report is not None:
-            self.nwor_take(report, orders_of(step).caps)
+        skipped = self.nwor_take(report) if report is not None else 0
+        if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset
+            self.nwor_counters.step(measured)
+            for done in self.nwor_rounds:
+                self.nwor_requests.add(done)
+            if report is not None:
+                self.nwor_counters.report(report, skipped, orders_of(step).caps)
 
     def nwor_publish(self) -> None:
         policy = self.nwor_policy
         self.nwor_publisher.publish(self.nwor_counters.snapshot(), policy.metrics(), policy.name)
 
-    def nwor_take(self, report: DraftReport, caps: Mapping[str, int]) -> None:
-        """The drafts that the next step verifies."""
+    def nwor_take(self, report: DraftReport) -> int:
+        """The drafts that the next step verifies; how many rows it will not verify."""
         self.nwor_drafted = {}
         skipped = 0
         for request_id, length in report.lengths.items():
@@ -196,7 +198,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 if 0.0 in confidence and not self.nwor_told:  # no distribution has such a maximum
                     self.nwor_told = True
                     compat.log.warning("nwor: the drafter's logits are not finite, so its drafts end: %s", request_id)
-        self.nwor_counters.report(report, skipped, caps)
+        return skipped
 
     def nwor_control(self, change: dict[str, Any]) -> dict[str, Any]:
         return answer(self, change)
