@@ -138,7 +138,7 @@ def test_changed_code_starts_a_journal_anew(tmp_path, monkeypatch):
     [
         (["--temperature", "0.7"], "--temperature is 0.7; expected 0 (token identity) or 1 (distribution)"),
         (["--temperature", "1", "--samples", "19999"], "--samples is 19999; expected at least 20000"),
-        (["--temperature", "1", "--runner", "v2", "--samples", "10"], "--samples is 10; expected at least 2000"),
+        (["--temperature", "1", "--runner", "v2", "--samples", "10"], "--samples is 10; expected at least 800"),
         (["--engines", "0"], "--engines is 0; expected 1 or more"),
         (["--temperature", "1", "--target", "x"], "--target is for temperature 0"),
         (["--target", "nowhere"], "--target needs at least one --drafter METHOD=DIR"),
