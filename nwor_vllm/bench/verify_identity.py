@@ -154,9 +154,11 @@ class _Proof:
         from nwor_vllm.bench.backends import vllm as backend
 
         drafter = {"method": cell.drafter, "model": str(self.pair.drafters[cell.drafter]), "num_speculative_tokens": K}
+        start = next((RULES[rule] for rule in rules if rule != PLANTED), RULES["early exit"])
+        settings = engine_settings(cell) | {"additional_config": {"nwor": start}}
         with contextlib.ExitStack() as stack:
             try:
-                llm = stack.enter_context(backend.engine(self.pair.target, drafter, **engine_settings(cell)))
+                llm = stack.enter_context(backend.engine(self.pair.target, drafter, **settings))
                 backend.demand(llm, self.runner, cell.asynchronous)
             except REFUSALS as error:
                 reason = " ".join(str(error).split())
@@ -164,7 +166,11 @@ class _Proof:
                     self.journal.add(self.named(cell, rule, refused=reason))
                 return
             for rule in rules:
-                self.journal.add(self.planted(llm, cell) if rule == PLANTED else self.honest(llm, cell, rule))
+                if rule == PLANTED:
+                    self.journal.add(self.planted(llm, cell))
+                else:
+                    backend.switch(llm, {} if RULES[rule] is start else RULES[rule])
+                    self.journal.add(self.honest(llm, cell, rule))
 
     def planted(self, llm: Any, cell: Combination) -> Check:
         from nwor_vllm.bench.backends import vllm as backend
@@ -177,7 +183,6 @@ class _Proof:
     def honest(self, llm: Any, cell: Combination, rule: str) -> Check:
         from nwor_vllm.bench.backends import vllm as backend
 
-        backend.switch(llm, RULES[rule])
         with _happening(llm, cell.scene, self.prompts) as seen:
             got = backend.generate(llm, self.prompts, **self.ask)
         counts = backend.counters(llm)
@@ -205,11 +210,19 @@ def _happening(llm: Any, scene: str, prompts: Sequence[Tokens]) -> Iterator[dict
         seen["prompts_in_chunks"] = sum(len(p) > SCENES[scene]["max_num_batched_tokens"] for p in prompts)
 
 
+def rules_of(index: int) -> list[str]:
+    """All rules. The first is what the engine starts with, by `additional_config`: another one than in the same scene
+    of the drafter before."""
+    names = list(RULES)
+    first = (index + index // len(names)) % len(names)
+    return names[first:] + names[:first]
+
+
 def check(runner: str, pair: Pair, cells: Sequence[Combination], journal: Journal) -> None:
     proof = _Proof(runner, pair, journal)
     cells = [c for c in cells if c.drafter in pair.drafters]
     firsts = [next((c for c in cells if c.asynchronous is mode), None) for mode in (False, True)]
-    rules = {cell: [*RULES, *([PLANTED] if cell in firsts else [])] for cell in cells}
+    rules = {cell: [*rules_of(index), *([PLANTED] if cell in firsts else [])] for index, cell in enumerate(cells)}
     journal.expect([proof.named(cell, rule).name for cell in cells for rule in rules[cell]])
     for cell in cells:
         if missing := proof.missing(cell, rules[cell]):

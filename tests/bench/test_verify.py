@@ -36,6 +36,9 @@ def test_everything_is_every_combination_once():
     assert len(cells) == len(set(cells)) == 24
     assert verify_identity.combinations(24, 3) == cells
     assert len(set(verify_identity.combinations(11, 3))) == 11
+    starts = {(verify_identity.rules_of(index)[0], cell.scene) for index, cell in enumerate(cells)}
+    assert len(starts) == 16  # every rule is what an engine starts with, in every scene
+    assert all(sorted(verify_identity.rules_of(index)) == sorted(verify_identity.RULES) for index in range(24))
 
 
 @pytest.mark.parametrize(
