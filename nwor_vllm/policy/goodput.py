@@ -33,6 +33,7 @@ EAGER_STEPS = 16
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
+FEW = 48  # requests whose common depth differs from step to step
 MOST_ROUNDS = 256  # learnt from in one go; a sample of the steps says as much as all of them
 
 
@@ -58,11 +59,6 @@ class GoodputParams:
                 raise ConfigError(f"policy_params.{name} is {getattr(self, name)}; expected a whole number from 1 up")
 
 
-def _untrimmed(plan: Plan) -> Plan:
-    """The same drafts, all verified: only the difference tells what verification costs from what drafting costs."""
-    return replace(plan, caps={}, stop=plan.stop and replace(plan.stop, verify_cost=0.0))
-
-
 class Goodput:
     name = "goodput"
 
@@ -78,7 +74,7 @@ class Goodput:
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
         self.sees_confidence = False  # the drafter shows it
-        self.honoured = 0.0  # how far the drafter really ends when the rule says so
+        self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
@@ -104,7 +100,7 @@ class Goodput:
         else:
             self._last = self._plain if self.guard.fallback == PLAIN else judged
             if self.steps % (8 if self.steps < 128 else 64) == 0:
-                self._last = _untrimmed(self._last)
+                self._last = replace(self._plain, caps={})
         return self._last
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
@@ -123,10 +119,14 @@ class Goodput:
             return Plan(k, plain.caps), plain
         price = self.price if self.price >= 0 else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
         stop = self._stop_rule(survival, n, price)
-        k = self.k_max if self.honoured > 0.5 else k
+        k = self._furthest(k, n) if self.honoured > 0.5 else k
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
+
+    def _furthest(self, k: int, n: int) -> int:
+        """How far a step may draft whose rule ends it: with many requests their luck averages out, and `k` is right."""
+        return self.k_max if n <= FEW else next((r for r in self.ladder if r > k), k)
 
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:

@@ -54,7 +54,7 @@ def test_a_hopeless_request_in_a_good_batch_is_capped(step_once: Once) -> None:
 
 def test_with_confidence_it_gives_the_drafter_a_stop_rule_and_uses_it_only_if_obeyed(step_once: Once) -> None:
     rng, policy = np.random.default_rng(0), build(guard=False)
-    for _ in range(120):  # an engine that always drafts to the end
+    for _ in range(121):  # an engine that always drafts to the end; the next step is no visit
         plan = step_once(policy, ["a"], [[0.9, 0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]], rng)
     assert policy.honoured < 0.5
     policy.visit = 10**9
