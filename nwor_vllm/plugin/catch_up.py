@@ -34,11 +34,11 @@ class CatchUp:
         self.kept = 0  # rows, also of requests that are gone while others of their step are not
 
     def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
+        """Keep a step's rows. The tensors are kept themselves: nothing may write into them any more."""
         rows = self.steps[-1].rows if self.steps else {}
         if list(rows) != ids:
             rows = {i: r for r, i in enumerate(ids)}
-        kept = hidden.clone() if self.proposer.pass_hidden_states_to_model else None
-        self.steps.append(_Skipped(rows, tokens.clone(), positions.clone(), kept))
+        self.steps.append(_Skipped(rows, tokens, positions, hidden))
         self.kept += len(ids)
 
     def forget(self, ids: Iterable[str]) -> None:
@@ -67,7 +67,7 @@ class CatchUp:
         }
         if not missed:
             return 0
-        tokens = torch.cat([step.tokens for step in self.steps])
+        tokens = torch.cat([step.tokens.flatten() for step in self.steps])
         pick = torch.tensor(list(itertools.chain.from_iterable(missed.values())), device=tokens.device)
         positions = torch.cat([step.positions for step in self.steps])[pick]
         hidden = [step.hidden for step in self.steps if step.hidden is not None]
@@ -107,5 +107,6 @@ def usable(runner: Any) -> bool:
     proposer, config = runner.drafter, runner.vllm_config
     odd = proposer.uses_mrope or proposer.supports_mm_inputs or proposer.use_heterogeneous_vocab
     odd = odd or proposer.constant_draft_positions or proposer.parallel_drafting
+    odd = odd or config.speculative_config.disable_padded_drafter_batch
     alone = config.parallel_config.data_parallel_size == 1 and config.parallel_config.pipeline_parallel_size == 1
     return alone and not odd and config.kv_transfer_config is None and not config.model_config.is_hybrid

@@ -55,7 +55,8 @@ class Fed(_StockSpeculator):  # type: ignore[misc]
     def nwor_skip(self: Any, batch: Any, tokens: torch.Tensor, hidden: torch.Tensor | None) -> int:
         """Keep what the drafter was not fed; the rows that had to be replayed at once."""
         n, catch_up = batch.num_reqs, self.nwor_catch_up
-        catch_up.skip(batch.req_ids, tokens[:n], batch.positions[:n], None if hidden is None else hidden[:n])
+        kept = hidden[:n].clone() if hidden is not None and self.pass_hidden_states_to_model else None
+        catch_up.skip(batch.req_ids, tokens[:n].clone(), batch.positions[:n].clone(), kept)
         return int(catch_up.replay(batch.req_ids, batch)) if catch_up.due else 0
 
     def nwor_replay(self: Any, batch: Any) -> None:

@@ -70,21 +70,23 @@ class ElasticRunner(_StockRunner):  # type: ignore[misc]
 
     def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> Any:
         """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
-        ids, catch_up = self.input_batch.req_ids, self.nwor_catch_up
-        n, counted = len(ids), self.valid_sampled_token_count_event is not None
+        # Every tensor operation counts here: away from the model's loops one costs several times what it does in them.
+        ids, drafter, catch_up = self.input_batch.req_ids, self.drafter, self.nwor_catch_up
+        n, tokens, counts = len(ids), sampled, None
         if True in self.discard_request_mask.np[:n].tolist():
-            tokens, counts = self.drafter.prepare_next_token_ids_padded(
+            tokens, counts = drafter.prepare_next_token_ids_padded(
                 sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
             )
-        else:  # one valid token each
-            tokens = sampled[:, 0]
-            counts = torch.ones_like(tokens) if counted else None
-        if counted:
-            self._copy_valid_sampled_token_count(tokens, counts)
-        if self.use_aux_hidden_state_outputs:
+        if self.valid_sampled_token_count_event is not None:
+            counts = torch.ones_like(tokens[:, 0]) if counts is None else counts  # one valid token each
+            self._copy_valid_sampled_token_count(tokens.flatten(), counts)
+        if not drafter.pass_hidden_states_to_model:
+            tokens, hidden = self.input_ids.gpu[:n].clone(), None
+        elif self.use_aux_hidden_state_outputs:
             hidden = torch.cat([h[:n] for h in aux], dim=-1)
-        fed = tokens if self.drafter.pass_hidden_states_to_model else self.input_ids.gpu[:n]
-        catch_up.skip(ids, fed, self._get_positions(n), hidden[:n])
+        elif len(hidden) > n or not drafter.nwor_host:  # a CUDA graph's next replay writes into it
+            hidden = hidden[:n].clone()
+        catch_up.skip(ids, tokens, self._get_positions(n).clone(), hidden)
         self.nwor_last = SKIPPED
         if catch_up.due:
             self.nwor_replay(ids, rest[-2])
