@@ -35,8 +35,8 @@ class CatchUp:
 
     def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
         """Keep a step's rows. The tensors are kept themselves: nothing may write into them any more."""
-        rows = self.steps[-1].rows if self.steps else {}
-        if list(rows) != ids:
+        rows = self.steps[-1].rows if self.steps and len(self.steps[-1].tokens) == len(ids) else {}
+        if list(rows) != ids:  # nor if a request of them was forgotten: the others kept their row numbers
             rows = {i: r for r, i in enumerate(ids)}
         self.steps.append(_Skipped(rows, tokens, positions, hidden))
         self.kept += len(ids)
