@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
 pytestmark = pytest.mark.vllm
@@ -69,3 +71,19 @@ def test_nothing_is_kept_of_requests_that_are_gone(engine, token_prompts):
     decode(engine, token_prompts, range(2, 500))
     decode(engine, token_prompts[:1], [])
     assert runner.nwor_catch_up.steps == []
+
+
+def test_a_step_after_a_request_ended_has_row_numbers_of_its_own():
+    """Steps of the same requests share them. Those left behind by a request that ended are not the next step's."""
+    import torch
+
+    from nwor_vllm.plugin.catch_up import CatchUp
+
+    cache = types.SimpleNamespace(enable_prefix_caching=False)
+    catch_up = CatchUp(types.SimpleNamespace(vllm_config=types.SimpleNamespace(cache_config=cache)))
+    for ids in (["a", "b", "c"], ["a", "b", "c"], ["a", "c"], ["c", "a"]):
+        if ids == ["a", "c"]:
+            catch_up.forget(["b"])
+        catch_up.skip(ids, torch.zeros(len(ids)), torch.zeros(len(ids)), None)
+    assert [step.rows for step in catch_up.steps] == [{"a": 0, "c": 2}] * 2 + [{"a": 0, "c": 1}, {"c": 0, "a": 1}]
+    assert catch_up.steps[0].rows is catch_up.steps[1].rows
