@@ -31,7 +31,10 @@ KINDS = {
     "penalties": {"ignore_eos": True, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
     "stops": {"ignore_eos": True, "stop_token_ids": list(range(300, 340))},
     "logprobs": {"ignore_eos": True, "logprobs": 2},
+    "sampled": {"ignore_eos": True, "temperature": 1.0, "top_k": 1},  # through the sampling code, to the same end
+    "drawn": {"ignore_eos": True, "temperature": 0.9},  # nothing to compare with: only its length is known
 }
+VOCAB = 1536
 SMALL = {
     "max_model_len": 256, "max_num_seqs": 6, "block_size": 32, "disable_log_stats": False, "skip_tokenizer_init": False
 }  # fmt: skip
@@ -47,7 +50,7 @@ def params(kind, length):
     grammar = {name: given.pop(name) for name in ("regex", "json") if name in given}
     if grammar:
         given["structured_outputs"] = StructuredOutputsParams(**grammar)
-    return vllm.SamplingParams(temperature=0.0, max_tokens=length, detokenize=False, **given)
+    return vllm.SamplingParams(**{"temperature": 0.0, "max_tokens": length, "detokenize": False} | given)
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +74,24 @@ def truth(prompts):
     return {what: tuple(out.outputs[0].token_ids) for what, out in zip(asked, found, strict=True)}
 
 
-def random_setting(rng):
-    from nwor_vllm.policy import POLICIES
-
-    exits = {"threshold": rng.choice([0.0, 0.0, 0.2, 0.5, 0.9]), "min_survival": rng.choice([0.0, 0.0, 0.1, 0.5])}
-    change = {"early_exit": exits | {"policy_rule": rng.random() < 0.5}, "per_request": rng.random() < 0.5}
-    policy = rng.choice([None, "fixed", "goodput", *POLICIES])
-    if policy == "fixed":
-        change["policy_params"] = {"k": rng.choice([0, 0, 1, 2, 3, 5, 8])}
-    return change if policy is None else change | {"policy": policy}
+# Of each policy, besides what it does when nothing is said.
+PARAMETERS = {
+    "fixed": [{"k": k, "watch": w} for k in (0, 0, 1, 2, 3, 5, 8) for w in (False, True)],
+    "off": [],
+    "acceptance": [{"biased": True, "alpha": 0.5}, {"initial": 0.0, "thresholds": [0.1, 0.9]}],
+    "throughput": [{"probe_interval": 0}, {"candidates": [1, 8], "warmup_cycles": 1, "cooldown_cycles": 0}],
+    "feedback": [{"target": 0.9, "window": 1}, {"kp": 50.0, "initial": 0.0}],
+    "goodput": [
+        {"guard": False, "confidence": False}, {"per_request": False, "probe_interval": 1},
+        {"memory": 2.0, "keep": 0.5, "cost_interval": 1}, {"spread": 5.0, "probe_interval": 2},
+    ],
+}  # fmt: skip
+WRONG = [
+    {"policy": "fixd"}, {"policy": 3}, {"policy": "fixed", "policy_params": {"k": 4}}, {"policy_params": [8]},
+    {"policy": "feedback", "policy_params": {"window": -1}}, {"early_exit": {"threshold": 1.5}}, {"early_exit": 0.5},
+    {"early_exit": {"min_survival": float("nan")}}, {"per_request": "yes"}, {"ladder": [0, 8]}, {"reset": 1},
+    {"policy": "off", "restore": {"k": "many"}}, {"policy": "goodput", "restore": {"slots": 1}},
+]  # fmt: skip
 
 
 class Traffic:
@@ -91,21 +103,24 @@ class Traffic:
         self.core = llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
         self.waiting = {}
-        self.seen = dict.fromkeys((*KINDS, "aborts", "switches"), 0)
+        self.seen = dict.fromkeys((*KINDS, *PARAMETERS, "aborts", "thresholds", "restored", "refused"), 0)
+        self.deck, self.learnt = [], {}
         # Prices of a target step and of a draft token: what the policy believes to pay decides what it drafts.
         self.prices = self.rng.choice([1.0, 5.0, 20.0]) * 1e-3, self.rng.choice([0.02, 0.5, 4.0]) * 1e-3
 
     def run(self, clock):
+        import torch
+
         from nwor_vllm.plugin import control
 
         rng = self.rng
+        torch.manual_seed(rng.randrange(2**31))
         control.apply(self.llm, {"policy": "goodput", "reset": True})
         for turn in itertools.count():
             if self.scheduler.nwor_counters.steps >= EPISODE:
                 break
-            if rng.random() < 0.02:
-                control.apply(self.llm, random_setting(rng))
-                self.seen["switches"] += 1
+            if rng.random() < 0.03:
+                self.switch()
             if not self.waiting or (len(self.waiting) < MOST_WAITING and rng.random() < 0.3):
                 self.arrive(f"{self.episode}-{turn}")
             if rng.random() < 0.02:
@@ -121,6 +136,36 @@ class Traffic:
                 break
             self.core.step()
         self.is_empty()
+
+    def switch(self):
+        """Another policy, thresholds, what was learnt before, or something that is refused and changes nothing."""
+        from nwor_vllm.errors import ConfigError
+        from nwor_vllm.plugin import control
+
+        rng, before = self.rng, control.snapshot(self.llm)
+        if rng.random() < 0.15:
+            policy = self.scheduler.nwor_policy
+            with pytest.raises(ConfigError):
+                control.apply(self.llm, rng.choice(WRONG))
+            assert control.snapshot(self.llm) == before and self.scheduler.nwor_policy is policy
+            self.seen["refused"] += 1
+            return
+        set_now = before["settings"]
+        self.learnt[set_now["policy"]] = {"policy_params": set_now["policy_params"], "restore": before["policy"]}
+        if not self.deck:  # every policy comes up
+            self.deck = rng.sample([*PARAMETERS, "goodput", "fixed", None, None], len(PARAMETERS) + 4)
+        threshold, survival = (rng.choice([0.0, 0.0, rng.random(), rng.random() ** 3]) for _ in range(2))
+        exits = {"threshold": threshold, "min_survival": survival, "policy_rule": rng.random() < 0.5}
+        change = {"early_exit": exits, "per_request": rng.random() < 0.5}
+        policy = self.deck.pop()
+        if policy is not None:
+            change |= {"policy": policy, "policy_params": rng.choice([{}, *PARAMETERS[policy]])}
+            if policy in self.learnt and rng.random() < 0.5:
+                change |= self.learnt[policy]
+                self.seen["restored"] += 1
+            self.seen[policy] += 1
+        self.seen["thresholds"] += max(threshold, survival) > 0
+        control.apply(self.llm, change)
 
     def arrive(self, name):
         rng = self.rng
@@ -138,8 +183,11 @@ class Traffic:
             if out.request_id not in self.waiting:
                 continue
             prompt, kind, length = self.waiting[out.request_id]
-            told, due = tuple(out.outputs[0].token_ids), self.truth[prompt, kind][:length]
+            told = tuple(out.outputs[0].token_ids)
+            due = told[:length] if kind == "drawn" else self.truth[prompt, kind][:length]
             assert told == due[: len(told)], f"request {out.request_id}, {kind}"
+            assert all(0 <= token < VOCAB for token in told), f"request {out.request_id}, {kind}"
+            assert not out.finished or kind != "drawn" or len(told) == length, f"request {out.request_id}, {kind}"
             if out.finished:
                 assert told == due, f"request {out.request_id}, {kind}: {len(told)} tokens of {len(due)}"
                 del self.waiting[out.request_id]
