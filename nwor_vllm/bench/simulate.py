@@ -131,8 +131,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name} {value:.4f}")
-    for name, value in result.get("oracles", {}).items():
-        print(f"oracles.{name} {value:.4f}" if isinstance(value, float) else f"oracles.{name} {value}")
+    for part in ("warm", "oracles"):
+        for name, value in result.get(part, {}).items():
+            print(f"{part}.{name} {value:.4f}" if isinstance(value, float) else f"{part}.{name} {value}")
     for part in (value for value in result.values() if isinstance(value, dict) and "cells" in value):
         print(f"\n{part['cost']}, {part['seeds']} seeds:")
         _print(part)

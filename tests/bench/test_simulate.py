@@ -137,6 +137,33 @@ def test_oracles_are_ordered(batch: int) -> None:
     assert oracle.o2(load, CURVE, lengths, rates) == max(rates.values())  # one batch size: a table is one length
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_best_rule_is_the_best_of_all_served_one_by_one(batch: int) -> None:
+    trace = generate(DOMAINS[2], 12, 40, 6, 1)
+    load = Load(trace, tuple(range(12)), batch, 400)
+
+    def serve(cap: int, threshold: float) -> float:
+        texts = [
+            [p for r in range(c, 12, batch) for p in range(*trace.starts[r : r + 2].tolist())] for c in range(batch)
+        ]
+        at, tokens, seconds = [0] * batch, 0, 0.0
+        while tokens < load.tokens:
+            verified, drafted = 0, 0
+            for c, text in enumerate(texts):
+                end = next(e for e in trace.starts[1:] if e > text[at[c]])
+                sure = itertools.takewhile(lambda s: s >= threshold, np.cumprod(trace.confidence[text[at[c]]]))
+                kept = min(len(list(sure)), cap)
+                verified, drafted = verified + kept, max(drafted, min(kept + 1, cap))
+                gain = min(kept, int(trace.accepted[text[at[c]]]), int(end) - text[at[c]] - 1) + 1
+                at[c] = (at[c] + gain) % len(text)
+                tokens += gain
+            seconds += float(SMALL.seconds(batch, batch + verified, drafted, drafted))
+        return tokens / seconds
+
+    best = max(serve(cap, threshold) for cap in (2, 3, 6) for threshold in oracle.THRESHOLDS)
+    assert oracle.best_rule(load, SMALL, (0, 1, 2, 3, 6)) == pytest.approx(best)
+
+
 def test_o2_beats_o1_when_the_batch_size_moves() -> None:
     trace = generate(DOMAINS[0], 200, 60, 8, 3)
     load = Load(trace, tuple(range(200)), 1, 12000, batches=(1, 128), period=2000)

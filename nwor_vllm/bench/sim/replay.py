@@ -115,6 +115,8 @@ def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float
         policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified, judged_steps=judged))
         for request in run.advance(accepted + 1, out.tokens):
             policy.forget(request)
+    for request in run.ids:
+        policy.forget(request)
     return out
 
 

@@ -69,7 +69,8 @@ def measure(task: Task, pool: Pool) -> dict[str, float]:
     lengths = tuple(k for k in LENGTHS if k <= load.trace.k_max)
     rates = oracle.fixed_rates(load, task.curve, lengths)
     params = from_mapping(POLICIES[task.policy].params, task.params, "policy_params")
-    got = replay(make_policy(task.policy, params, lengths), load, task.curve, task.seed)
+    policy = make_policy(task.policy, params, lengths)
+    got = replay(policy, load, task.curve, task.seed)
     row = {
         "rate": got.rate,
         "none": rates[0],
@@ -82,10 +83,13 @@ def measure(task: Task, pool: Pool) -> dict[str, float]:
     }
     if load.batches:
         return row | {"o2": oracle.o2(load, task.curve, lengths, rates)}
+    if task.seed == 0:  # once more, as a server that has run for a while
+        row["warm"] = replay(policy, load, task.curve, task.seed + 1).rate
     clairvoyant = max(oracle.o3(load, task.curve, rates), got.rate)
     exact = load.batch == 1
     return row | {
         "o2": row["o1"],  # one batch size: a table is one length
+        "rule": max(oracle.best_rule(load, task.curve, lengths), row["o1"]),
         "o3": clairvoyant,
         "bound": clairvoyant if exact else max(oracle.bound(load, task.curve), clairvoyant),
     }
@@ -95,14 +99,16 @@ RATIOS = (
     ("over_none", "rate", "none"), ("over_o1", "rate", "o1"), ("over_o2", "rate", "o2"), ("over_o3", "rate", "o3"),
     ("over_bound", "rate", "bound"), ("o1_over_none", "o1", "none"), ("o2_over_o1", "o2", "o1"),
     ("o3_over_o1", "o3", "o1"), ("o3_over_none", "o3", "none"), ("bound_over_o1", "bound", "o1"),
+    ("over_rule", "rate", "rule"), ("rule_over_o1", "rule", "o1"), ("rule_over_o3", "rule", "o3"),
+    ("warm_over_none", "warm", "none"), ("warm_over_o1", "warm", "o1"), ("warm_over_o3", "warm", "o3"),
 )  # fmt: skip
 
 
 def _row(work: Workload, found: list[dict[str, float]]) -> dict[str, Any]:
     row: dict[str, Any] = {"workload": work.kind, "name": work.name, "batch": work.batch}
     for label, over, under in RATIOS:
-        if over in found[0] and under in found[0]:
-            ratios = [m[over] / m[under] for m in found]
+        ratios = [m[over] / m[under] for m in found if over in m and under in m]
+        if ratios:
             row[label] = geomean(ratios)
             if over == "rate":
                 row[f"{label}_min"] = min(ratios)
@@ -125,22 +131,32 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def over(some: Sequence[dict[str, Any]], name: str, how: Any) -> float | None:
         return how([r[name] for r in some]) if some else None
 
+    def reached(name: str) -> dict[str, float | None]:
+        return {
+            "geomean_o3": over(stationary, f"{name}_o3", geomean),
+            "worst_o3": over(stationary, f"{name}_o3", min),
+            "worst_o1_stationary": over(stationary, f"{name}_o1", min),
+            "geomean_o1_stationary": over(stationary, f"{name}_o1", geomean),
+            "mixed_over_o1": over(moving, f"{name}_o1", min),
+            "geomean_mixed_over_o1": over(moving, f"{name}_o1", geomean),
+            "worst_over_no_spec": over(worthless, f"{name}_none", min),
+        }
+
     return {
-        "geomean_o3": over(stationary, "over_o3", geomean),
-        "worst_o3": over(stationary, "over_o3", min),
+        **reached("over"),
         "geomean_bound": over(stationary, "over_bound", geomean),
-        "worst_o1_stationary": over(stationary, "over_o1", min),
-        "geomean_o1_stationary": over(stationary, "over_o1", geomean),
-        "mixed_over_o1": over(moving, "over_o1", min),
-        "geomean_mixed_over_o1": over(moving, "over_o1", geomean),
-        "worst_over_no_spec": over(worthless, "over_none", min),
+        "geomean_rule": over(stationary, "over_rule", geomean),
+        "warm": reached("warm_over"),
         "oracles": {
             "o1_over_none_stationary": over(stationary, "o1_over_none", geomean),
             "o3_over_none_stationary": over(stationary, "o3_over_none", geomean),
             "o3_over_o1_stationary": over(stationary, "o3_over_o1", geomean),
             "o1_share_of_o3": over([{"x": 1 / r["o3_over_o1"]} for r in stationary], "x", geomean),
+            "rule_share_of_o3": over(stationary, "rule_over_o3", geomean),
+            "worst_rule_share_of_o3": over(stationary, "rule_over_o3", min),
             "o2_over_o1_burst": over([r for r in rows if r["workload"] == "burst"], "o2_over_o1", min),
             "o3_over_o1_moving": {f"{r['name']} {r['batch']}": r["o3_over_o1"] for r in moving},
+            "rule_over_o1_moving": {f"{r['name']} {r['batch']}": r["rule_over_o1"] for r in moving},
             "bound_over_o1_moving": {f"{r['name']} {r['batch']}": r["bound_over_o1"] for r in moving},
             "aim_out_of_reach": [f"{r['name']} {r['batch']}" for r in moving if r["bound_over_o1"] < AIM],
             "aim_beyond_o3": [f"{r['name']} {r['batch']}" for r in moving if r["o3_over_o1"] < AIM],
