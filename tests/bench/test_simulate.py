@@ -278,7 +278,7 @@ def test_a_text_that_ends_is_no_evidence_about_the_drafts_beyond_it() -> None:
     assert [(r.verified, r.accepted) for s in policy.steps for r in s.rounds] == [(2, 2), (2, 2)]
     assert out.tokens == 6
     assert out.verified == 10  # what the engine verifies all the same
-    assert policy.gone == ["1", "2"]
+    assert policy.gone == ["1", "2", "3"]  # and who still ran at the end
 
 
 def test_bursts_change_how_many_run() -> None:
