@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,18 +42,18 @@ RULES: dict[str, dict[str, Any]] = {
 }
 FEW = ("fixed", "early exit", "both")  # where a worker trims, or another runner does: policies see no difference
 WATCHED = _rule("fixed", threshold=0.01)  # stops nothing, and has every draft token pass the place of the mistake
-PLANTED = {"v1": "planted: probability of the drawn token", "v2": "planted: first draft unverified"}
+PLANTED = "planted: probability of the drawn token"
+
+
+def rules_of(runner: str, mode: tuple[bool, str], interpreted: bool) -> list[str]:
+    """Interpreted, where a continuation takes a tenth of a second: what has every way of ending a draft in it."""
+    rules = FEW[-1:] if interpreted else FEW if mode[0] or runner == "v2" else tuple(RULES)
+    return [*rules, *([PLANTED] if mode[1] == "probabilistic" else [])]
 
 
 def check(runner: str, samples: int, journal: Journal) -> None:
     modes = list(itertools.product((False, True), ("greedy", "probabilistic")))
-    cells = {
-        mode: [
-            *(FEW if mode[0] or runner == "v2" else RULES),
-            *([PLANTED[runner]] if mode[1] == "probabilistic" else []),
-        ]
-        for mode in modes
-    }
+    cells = {mode: rules_of(runner, mode, os.environ.get("TRITON_INTERPRET") == "1") for mode in modes}
     missing = {
         mode: [rule for rule in rules if _named(runner, mode, rule).name not in journal.checks]
         for mode, rules in cells.items()
@@ -97,12 +98,12 @@ def exact(target: Path) -> dict[tuple[int, ...], float]:
 
 def _named(runner: Any, mode: tuple[bool, str], rule: str) -> Check:
     place: dict[str, Any] = {"asynchronous": mode[0], "drafter": "draft_model", "scene": f"{mode[1]} drafts"}
-    return Check(runner=runner, rule=rule, planted=rule == PLANTED[runner], **place)
+    return Check(runner=runner, rule=rule, planted=rule == PLANTED, **place)
 
 
 def _measure(llm: Any, named: Check, samples: int, truth: Truth) -> Check:
     if named.planted:
-        with backend.keep_by_drawn_token(CUT) if named.runner == "v1" else backend.keep_unverified():
+        with backend.keep_by_drawn_token(CUT):
             z = _z(llm, WATCHED, samples, truth)
         return named.model_copy(
             update={"compared": samples, "z": z, "caught": max(map(abs, z.values())) > MIN_CONTROL_Z}

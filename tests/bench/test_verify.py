@@ -76,6 +76,16 @@ def test_the_verdicts_json():
     assert verify.judge([GOOD, CAUGHT], 1.0).samples is None  # nothing was sampled
 
 
+def test_a_wrong_rule_is_planted_wherever_drafts_are_drawn():
+    for runner, interpreted in [("v1", False), ("v2", False), ("v2", True)]:
+        for asynchronous in (False, True):
+            drawn = verify_sampling.rules_of(runner, (asynchronous, "probabilistic"), interpreted)
+            greedy = verify_sampling.rules_of(runner, (asynchronous, "greedy"), interpreted)
+            assert drawn == [*greedy, verify_sampling.PLANTED]
+            assert greedy and set(greedy) <= set(verify_sampling.RULES)
+    assert len(verify_sampling.rules_of("v1", (False, "greedy"), False)) == len(verify_sampling.RULES)
+
+
 @pytest.mark.parametrize(
     ("rule", "verified", "stopped", "met"),
     [
@@ -141,7 +151,7 @@ def test_changed_code_starts_a_journal_anew(tmp_path, monkeypatch):
     [
         (["--temperature", "0.7"], "--temperature is 0.7; expected 0 (token identity) or 1 (distribution)"),
         (["--temperature", "1", "--samples", "19999"], "--samples is 19999; expected at least 20000"),
-        (["--temperature", "1", "--runner", "v2", "--samples", "10"], "--samples is 10; expected at least 800"),
+        (["--temperature", "1", "--runner", "v2", "--samples", "10"], "--samples is 10; expected at least 2000"),
         (["--engines", "0"], "--engines is 0; expected 1 or more"),
         (["--temperature", "1", "--target", "x"], "--target is for temperature 0"),
         (["--target", "nowhere"], "--target needs at least one --drafter METHOD=DIR"),

@@ -18,6 +18,7 @@ import torch
 from nwor_vllm.errors import ConfigError
 from nwor_vllm.plugin import compat, control
 from nwor_vllm.plugin.draft_round import DraftRound
+from nwor_vllm.plugin.drafter_v2 import ElasticDrafter
 from nwor_vllm.policy import Step
 
 Tokens = tuple[int, ...]
@@ -120,7 +121,7 @@ def counters(llm: Any) -> dict[str, Any]:
 @contextmanager
 def keep_by_drawn_token(threshold: float) -> Iterator[None]:
     """The wrong rule: a slot is kept for the probability of the token that was drawn. It biases what is sampled."""
-    right = DraftRound.lengths
+    right, right_v2 = DraftRound.lengths, ElasticDrafter.nwor_settle
 
     def wrong(self: DraftRound) -> Sequence[int]:
         kept = list(right(self))
@@ -129,11 +130,27 @@ def keep_by_drawn_token(threshold: float) -> Iterator[None]:
             kept = [min(n, position) if chance < threshold else n for n, chance in zip(kept, chances, strict=True)]
         return kept
 
+    def wrong_v2(self: Any) -> Any:
+        """At temperature 1, where cached draft logits are those that were drawn from."""
+        report = right_v2(self)
+        if report is None or not report.lengths:
+            return report
+        n, kept = len(self.nwor.ids), dict(report.lengths)
+        probs = self.draft_logits[self.idx_mapping[:n].long()].float().softmax(dim=-1)
+        chances = probs.gather(2, self.draft_tokens[:n, :, None].long().clamp(min=0))[:, :, 0].tolist()
+        for request_id, row in zip(self.nwor.ids, chances, strict=True):
+            unlikely = next((position for position, chance in enumerate(row) if chance < threshold), len(row))
+            if request_id in kept:
+                kept[request_id] = min(kept[request_id], unlikely)
+        return dataclasses.replace(report, lengths=kept)
+
     DraftRound.lengths = wrong  # type: ignore[method-assign]
+    ElasticDrafter.nwor_settle = wrong_v2  # type: ignore[method-assign]
     try:
         yield
     finally:
         DraftRound.lengths = right  # type: ignore[method-assign]
+        ElasticDrafter.nwor_settle = right_v2  # type: ignore[method-assign]
 
 
 @contextmanager
