@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ SHAPE = tiny_pair.Shape(vocab=VOCAB, sharpness=0.14, noise=0.06)
 PROMPT = (3, 1, 4, 1, 5, 2, 6, 5)
 MIN_CONTROL_Z = 6.0  # what the planted rule must reach
 Truth = Mapping[tuple[int, ...], float]
+Mode = tuple[bool, str]  # asynchronous; how drafts are drawn
+MODES: tuple[Mode, ...] = tuple(itertools.product((False, True), ("greedy", "probabilistic")))
 
 
 def _rule(policy: str, threshold: float = 0.0, survival: float = 0.0, **rest: Any) -> dict[str, Any]:
@@ -45,20 +47,21 @@ WATCHED = _rule("fixed", threshold=0.01)  # stops nothing, and has every draft t
 PLANTED = "planted: probability of the drawn token"
 
 
-def rules_of(runner: str, mode: tuple[bool, str], interpreted: bool) -> list[str]:
+def rules_of(runner: str, mode: Mode, interpreted: bool) -> list[str]:
     """Interpreted, where a continuation takes a tenth of a second: what has every way of ending a draft in it."""
     rules = FEW[-1:] if interpreted else FEW if mode[0] or runner == "v2" else tuple(RULES)
     return [*rules, *([PLANTED] if mode[1] == "probabilistic" else [])]
 
 
-def check(runner: str, samples: int, journal: Journal) -> None:
-    modes = list(itertools.product((False, True), ("greedy", "probabilistic")))
-    cells = {mode: rules_of(runner, mode, os.environ.get("TRITON_INTERPRET") == "1") for mode in modes}
+def check(runner: str, samples: int, journal: Journal, cells: Mapping[Mode, Sequence[str]] | None = None) -> None:
+    """Every rule of `cells`, or of all modes, that the journal has not."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    cells = cells or {mode: rules_of(runner, mode, interpreted) for mode in MODES}
     missing = {
         mode: [rule for rule in rules if _named(runner, mode, rule).name not in journal.checks]
         for mode, rules in cells.items()
     }
-    journal.expect([_named(runner, mode, rule).name for mode in modes for rule in cells[mode]])
+    journal.expect([_named(runner, mode, rule).name for mode in cells for rule in cells[mode]])
     if not any(missing.values()):
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +99,7 @@ def exact(target: Path) -> dict[tuple[int, ...], float]:
     return distribution.joint(dict(zip(prefixes, rows, strict=True)), LENGTH)
 
 
-def _named(runner: Any, mode: tuple[bool, str], rule: str) -> Check:
+def _named(runner: Any, mode: Mode, rule: str) -> Check:
     place: dict[str, Any] = {"asynchronous": mode[0], "drafter": "draft_model", "scene": f"{mode[1]} drafts"}
     return Check(runner=runner, rule=rule, planted=rule == PLANTED, **place)
 

@@ -1,4 +1,4 @@
-"""A sample of the matrix of `nwor verify --full`, drawn anew every run: FUZZ_SEED repeats one."""
+"""A sample of what `nwor verify --full` and `--temperature 1` run. What is drawn anew every time FUZZ_SEED repeats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nwor_vllm.bench import cli, verify, verify_identity
+from nwor_vllm.bench import cli, verify, verify_identity, verify_sampling
+from nwor_vllm.bench.verify_journal import Journal
 
 pytestmark = pytest.mark.vllm
 
@@ -18,11 +19,12 @@ SEED = os.environ["FUZZ_SEED"]
 
 def test_no_check_asks_for_what_the_plugin_has_to_put_right_itself():
     """It once did, and engines of users had a fault that no check could see."""
-    from nwor_vllm.plugin import compat, worker
+    from nwor_vllm.plugin import compat
 
-    assert compat.fix_cpu_expand.__name__ in Path(worker.__file__).read_text()  # it is the plugin's own business
+    fix = compat.fix_cpu_expand.__name__
+    assert fix in Path(compat.__file__).with_name("worker.py").read_text()
     for path in (*BENCH.glob("verify*.py"), *(BENCH / "backends").glob("*.py")):
-        assert compat.fix_cpu_expand.__name__ not in path.read_text(), path.name
+        assert fix not in path.read_text(), path.name
 
 
 @pytest.mark.parametrize(("runner", "engines"), [("v1", 4), ("v2", 2)])
@@ -39,3 +41,12 @@ def test_outputs_are_the_targets_own(runner, engines, capfd):
     assert seen["asynchronous"] == {False, True} and seen["rule"] == set(verify_identity.RULES)
     if engines >= 4:  # interpreted engines are slow: theirs are two of the twelve
         assert seen["drafter"] == set(verify_identity.DRAFTERS) and seen["scene"] == set(verify_identity.SCENES)
+
+
+def test_samples_are_the_targets_own_and_a_biased_rule_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    journal = Journal(tmp_path / "journal", {})
+    verify_sampling.check("v1", 4000, journal, {(False, "probabilistic"): ["both", verify_sampling.PLANTED]})
+    verdict = verify.judge(journal.checks.values(), 0.0)
+    assert verdict.passed and verdict.samples == verdict.compared == 4000, journal.checks
+    assert verdict.negative_control_caught
