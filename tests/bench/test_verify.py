@@ -4,6 +4,7 @@ tests/plugin/test_verify.py."""
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -110,6 +111,22 @@ def test_the_summary_names_what_did_not_happen():
     assert "refused by the engine: v1 sync" in text and "preemption      both: too small" in text
     assert "did not happen: v1 sync" in text
     assert "FAILED: 24 outputs compared, 0 differ; the planted wrong rule was NOT RUN" in text
+
+
+@pytest.mark.parametrize("code", [0, 1, -9])
+def test_a_check_of_the_v2_runner_that_dies_half_way_proves_nothing(tmp_path, monkeypatch, capsys, code):
+    """What it had checked until then was all well, and for once the whole was called so."""
+
+    def dies(command, **kwargs):
+        with path.open("a") as file:
+            file.writelines(change(check, runner="v2").model_dump_json() + "\n" for check in (GOOD, CAUGHT))
+        return subprocess.CompletedProcess(command, code, stdout="vLLM says something\n")
+
+    path = tmp_path / "journal"
+    monkeypatch.setattr(verify.subprocess, "run", dies)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    assert cli.main(["verify", "--runner", "v2", "--journal", str(path)]) != 0
+    assert f"ended early, with code {code}" in capsys.readouterr().err
 
 
 def test_a_journal_goes_on_where_it_stopped(tmp_path, capsys):
