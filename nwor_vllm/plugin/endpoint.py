@@ -53,10 +53,13 @@ class ControlEndpoint:
             return refusal
         try:
             change = await request.json()
+        except ValueError as error:
+            return JSONResponse({"error": f"the body is no JSON: {error}"}, status_code=400)
+        try:
             if not isinstance(change, dict):
                 raise ConfigError(f"the body is {change!r}; expected an object of settings")
             return JSONResponse(await control.call_async(self.engine, change))
-        except (ConfigError, ValueError) as error:  # no JSON is a ValueError
+        except ConfigError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
 
     def _refusal(self, request: Request) -> JSONResponse | None:

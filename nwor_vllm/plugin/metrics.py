@@ -1,7 +1,8 @@
-"""Prometheus metrics under `nwor_`: the engine core publishes its counters once a second, the API server serves them.
+"""Prometheus metrics under `nwor_`: the engine core publishes its counters, the API server serves them.
 
 The core and the API server are two processes, and what vLLM sends between them has no room for more numbers: the core
-writes a small file of its own in a private folder, and the collector reads it when it is scraped.
+writes a small file of its own in a private folder, once a second and when it runs out of work, and the collector reads
+it when it is scraped.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ class Publisher:
         partial.write_text(json.dumps({"counters": counters, "policy": policy, "name": name}))
         partial.replace(self.path)
 
-    @property
-    def due(self) -> bool:
-        return time.monotonic() >= self.next
+    def due(self, busy: bool) -> bool:
+        """Where nothing is left to do, at once: it would wait for the next request."""
+        return not busy or time.monotonic() >= self.next
 
     def close(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -172,8 +172,6 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             judged_steps=draft_steps if report is not None and report.confidence else 0,
         )
         self.nwor_policy.observe(measured)
-        if self.nwor_publisher.due:
-            self.nwor_publish()
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset
             self.nwor_counters.step(measured)
@@ -181,6 +179,8 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 self.nwor_requests.add(done)
             if report is not None:
                 self.nwor_counters.report(report, skipped, orders_of(step).caps)
+        if self.nwor_publisher.due(self.nwor_busy):
+            self.nwor_publish()
 
     def nwor_publish(self) -> None:
         policy = self.nwor_policy
