@@ -131,9 +131,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name} {value:.4f}")
-    for part in ("warm", "oracles"):
-        for name, value in result.get(part, {}).items():
-            print(f"{part}.{name} {value:.4f}" if isinstance(value, float) else f"{part}.{name} {value}")
+    for group in ("warm", "oracles"):
+        for name, value in result.get(group, {}).items():
+            print(f"{group}.{name} {value:.4f}" if isinstance(value, float) else f"{group}.{name} {value}")
     for part in (value for value in result.values() if isinstance(value, dict) and "cells" in value):
         print(f"\n{part['cost']}, {part['seeds']} seeds:")
         _print(part)
