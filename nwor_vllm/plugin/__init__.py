@@ -7,6 +7,7 @@ scheduler       gives each step its draft length, feeds what was accepted to the
 worker          puts our runner and drafter classes in front of the stock ones
 drafter_v1, v2  stop drafting early, write no KV for dead rows
 catch_up, _v2   steps that draft nothing run nothing; the drafter's K/V follows later
+graph_memory    what the CUDA graphs of all draft lengths take
 messages        what scheduler and workers tell each other
 counters, metrics, control   what can be read and switched while it runs
 compat          the private vLLM names all this needs, and what is lost where one is missing

@@ -20,6 +20,7 @@ from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.catch_up import CatchUp, usable
 from nwor_vllm.plugin.draft_round import IDLE, DraftRound
 from nwor_vllm.plugin.drafter_v1 import elastic
+from nwor_vllm.plugin.graph_memory import GraphMemory
 from nwor_vllm.plugin.judge import Scratch
 from nwor_vllm.plugin.messages import DraftReport, Orders, orders_of
 
@@ -27,7 +28,7 @@ SKIPPED = DraftReport(0, 0)  # nothing to draft, and no forward of the drafter
 _StockRunner: Any = object  # the vLLM class that `adapt` puts behind the mixin
 
 
-class ElasticRunner(_StockRunner):  # type: ignore[misc]
+class ElasticRunner(GraphMemory):
     nwor_config: NworConfig
     nwor_trims: bool  # asynchronous steps can be trimmed in the worker
     nwor_pads: bool

@@ -16,12 +16,11 @@ from typing import Any
 from nwor_vllm.config import load
 from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.drafter_v2 import ElasticDrafter, ElasticStandalone, ElasticTargetDependent, elastic
+from nwor_vllm.plugin.graph_memory import GraphMemory
 from nwor_vllm.plugin.messages import DraftReport, orders_of
 
-_StockRunner: Any = object  # the vLLM class that `adopt` puts behind the mixin
 
-
-class ElasticRunner(_StockRunner):  # type: ignore[misc]
+class ElasticRunner(GraphMemory):
     nwor_lengths: dict[str, int]  # what each request may verify of its last draft; absent: all of it
     nwor_report: DraftReport | None
     nwor_cut: dict[str, int]

@@ -21,7 +21,12 @@ class ElasticWorker:
         """This rank's own counts."""
         runner = self.model_runner  # type: ignore[attr-defined]
         written, avoided = getattr(runner, "nwor_rows", (0, 0))
-        return {"runner": type(runner).__name__, "draft_rows_written": written, "draft_rows_avoided": avoided}
+        return {
+            "runner": type(runner).__name__,
+            "draft_rows_written": written,
+            "draft_rows_avoided": avoided,
+            "graph_bytes": getattr(runner, "nwor_graph_bytes", None),
+        }
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nwor_vllm.plugin.drafter_v2 import ElasticDrafter
+from nwor_vllm.plugin.graph_memory import GraphMemory
 from nwor_vllm.plugin.runner_v2 import trimmed
 
 
@@ -41,6 +42,25 @@ def test_a_step_with_nothing_to_trim_is_passed_on_as_it_is() -> None:
     planned = step()
     assert trimmed(planned, {"a": 3, "b": 7}) == (planned, {})
     assert trimmed(planned, {})[0] is planned
+
+
+class Captures:
+    """vLLM's runner, as far as it captures graphs: only machines with a GPU do."""
+
+    vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens_per_batch_size=[(1, 1, 8), (2, 2, 0)])
+    )
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        return 5 if profile_only else 3 << 20
+
+
+def test_the_memory_of_captured_graphs_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    runner = type("Runner", (GraphMemory, Captures), {})()
+    with caplog.at_level("INFO", "vllm.nwor"):
+        assert runner.capture_model(profile_only=True) == 5 and runner.nwor_graph_bytes is None
+        assert runner.capture_model() == runner.nwor_graph_bytes == 3 << 20
+    assert [r.getMessage() for r in caplog.records] == ["nwor: CUDA graphs take 3 MiB; draft lengths: 0, 8"]
 
 
 def speculator(**settings: Any) -> Any:
