@@ -107,6 +107,12 @@ class ElasticProposer(_StockProposer):  # type: ignore[misc]
             tokens, probs = self._sample_from_logits(logits, sampling_metadata)
         return self._nwor_to_target(tokens), probs
 
+    def _sample_from_logits(self, logits: torch.Tensor, sampling_metadata: Any) -> tuple[Any, Any]:
+        tokens, probs = super()._sample_from_logits(logits, sampling_metadata)
+        if probs is not None:
+            make_certain(tokens, probs)
+        return tokens, probs
+
     def _nwor_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return self.vocab_mapping.constrain_draft_logits(logits) if self.use_heterogeneous_vocab else logits
@@ -135,6 +141,13 @@ class ElasticProposer(_StockProposer):  # type: ignore[misc]
             slot_mapping=self._get_slot_mapping(size, attention.slot_mapping),
         ):
             self.model(**inputs)
+
+
+def make_certain(tokens: torch.Tensor, probs: torch.Tensor) -> None:
+    """Rows that are no distribution (their logits had a NaN) propose their token for certain: it is verified as exactly
+    as any other, where NaN would end up in what the target samples from."""
+    broken = probs[:, :1].isnan()
+    probs.masked_fill_(broken, 0.0).scatter_add_(1, tokens[:, None].long(), broken.to(probs.dtype))
 
 
 @functools.cache

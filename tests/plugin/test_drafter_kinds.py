@@ -114,3 +114,30 @@ def test_a_draft_model_with_its_own_vocabulary(tmp_path):
     runner, _ = check(target, speculative | {"model": str(drafter)}, prompts, **settings)
     mapping = runner.drafter.vocab_mapping
     assert mapping.intersection_size > 1400 and int((mapping.draft_to_target_ids.diff() == 1).sum()) < 50
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_drafts_drawn_from_no_distribution(tiny, speculation, token_prompts, asynchronous, monkeypatch):
+    """With top_k = 1 there is one right token. Stock vLLM lets the drafter's NaN into what the target samples from."""
+    from nwor_vllm.bench.backends import vllm as backend
+    from nwor_vllm.plugin import drafter_v1
+
+    def broken(hidden):
+        logits = stock(hidden).clone()
+        logits[::2, 3] = float("nan")
+        return logits
+
+    sampled = {"temperature": 1.0, "top_k": 1, "max_tokens": 24}
+    with backend.engine(tiny[0], None, **SMALL, async_scheduling=False) as llm:
+        truth = backend.generate(llm, token_prompts, **sampled)
+    drawn = speculation | {"draft_sample_method": "probabilistic"}
+    with backend.engine(tiny[0], drawn, **SMALL, async_scheduling=asynchronous) as llm:
+        drafter = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+        stock = drafter.model.compute_logits
+        drafter.model.compute_logits = broken
+        for rule in RULES:
+            backend.switch(llm, rule)
+            assert backend.generate(llm, token_prompts, **sampled) == truth, rule
+        monkeypatch.setattr(drafter_v1, "make_certain", lambda tokens, probs: None)
+        backend.switch(llm, RULES[0])
+        assert backend.generate(llm, token_prompts, **sampled) != truth
