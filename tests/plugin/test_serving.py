@@ -157,6 +157,13 @@ def test_sixty_four_requests_of_all_kinds(pair, truth):
         code, words = status(f"{base}/nwor", {"policy": "fixd"}, TOKEN)
         assert (code, words) == (400, "unknown policy 'fixd'; did you mean 'fixed'?")
         assert status(f"{base}/nwor", [1], TOKEN)[0] == 400
+        code, words = status(f"{base}/nwor", {"early_exit": {"threshold": 2}}, TOKEN)
+        assert (code, words) == (400, "early_exit.threshold is 2.0; expected a number in 0..1")
+        assert status(f"{base}/nwor", "{", TOKEN)[1].startswith("the body is '{'; expected an object")
+        assert status(f"{base}/nwor", {"restore": [1]}, TOKEN)[0] == 400
+        text = fetch(f"{base}/metrics")
+        for value in ("cost_error", "guard_trips", "rate_tokens_per_s"):
+            assert f'nwor_policy{{engine="0",policy="goodput",value="{value}"}} ' in text
         fixed = {"policy": "fixed", "policy_params": {"k": 2}, "early_exit": {"threshold": 0.0}}
         for change in (fixed, {"policy": "off"}):
             fetch(f"{base}/nwor", change, TOKEN)
@@ -166,7 +173,8 @@ def test_sixty_four_requests_of_all_kinds(pair, truth):
         found = json.loads(fetch(f"{base}/nwor", token=TOKEN))["counters"]
         served = scrape(base)
         assert set(served) == {(name, "0") for name in NAMES}
-        assert 0 < served["nwor_accepted_tokens_total", "0"] <= found["accepted_tokens"]
+        for name in ("steps", "accepted_tokens"):  # nothing is held back once the last request is answered
+            assert 0 < served[f"nwor_{name}_total", "0"] == found[name]
 
 
 def test_data_parallel_ranks_of_a_dense_model_plan_for_themselves(pair, truth, tmp_path):
