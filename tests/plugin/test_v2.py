@@ -20,11 +20,11 @@ pytestmark = pytest.mark.vllm
 
 # drafter, asynchronous, scene, rules: every value of each at least once.
 CELLS: list[tuple[str, bool, str, list[str]]] = [
-    ("eagle", False, "plain", ["fixed", "early exit", "zero", "pause", "planted"]),
+    ("eagle", False, "plain", ["fixed", "early exit", "zero", "pause", "no number", "planted"]),
     ("eagle", True, "preemption", ["both"]),
     ("eagle3", True, "chunked prefill", ["early exit", "both", "pause"]),
     ("draft_model", False, "prefix cache", ["adaptive", "zero", "pause"]),
-    ("draft_model", True, "plain", ["fixed", "early exit"]),
+    ("draft_model", True, "plain", ["fixed", "early exit", "no number"]),
 ]
 
 Row = dict[str, Any]
@@ -71,7 +71,7 @@ def test_a_planted_lossy_rule_is_noticed(rows: list[Row]) -> None:
 
 def test_each_engine_ran_the_scheduler_it_was_asked_for(rows: list[Row]) -> None:
     for row in rows[1:]:
-        if row["cell"][3] not in ("planted", "pause"):
+        if row["cell"][3] not in ("planted", "pause", "no number"):
             assert (
                 "nwor: V2 drafting is exact: drafts are trimmed one by one and their loop ends with the last"
                 in row["said"]
@@ -114,6 +114,13 @@ def test_acceptance_after_a_pause_is_that_of_a_drafter_that_was_fed_all_along(
     assert row["draft_forwards"] < row["always"]["draft_forwards"]
     assert row["left"] == 0
     assert row["holes"]["accepted_tokens"] < row["accepted_tokens"]  # it would have been noticed
+
+
+@pytest.mark.parametrize(("drafter", "asynchronous"), [("eagle", False), ("draft_model", True)])
+def test_drafts_without_numbers_end_where_somebody_looks(rows: list[Row], drafter: str, asynchronous: bool) -> None:
+    row = of(rows, drafter, asynchronous, "no number")
+    assert row["differences"] == row["verified_tokens"] == 0
+    assert row["unwatched"] > 0
 
 
 def test_a_draft_model_honours_the_steps_k(rows: list[Row]) -> None:

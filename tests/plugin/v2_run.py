@@ -85,6 +85,8 @@ def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tupl
             return {"differences": _differ(backend.generate(llm, prompts, **ASK), truth)}
     if name == "pause":
         return _pause(llm, prompts)
+    if name == "no number":
+        return _no_number(llm, prompts, truth)
     backend.switch(llm, RULES[name])
     got = backend.generate(llm, prompts, **ASK)
     return {
@@ -94,6 +96,19 @@ def _check(llm: Any, name: str, prompts: list[tuple[int, ...]], truth: list[tupl
         "preemptions": backend.preemptions(llm),
         **backend.counters(llm),
     }
+
+
+def _no_number(llm: Any, prompts: list[tuple[int, ...]], truth: list[tuple[int, ...]]) -> dict[str, Any]:
+    """A drafter whose logits are NaN, watched and not."""
+    model, differences = _runner(llm).speculator.model, 0
+    stock, counts = model.compute_logits, []
+    model.compute_logits = lambda hidden: stock(hidden) * float("nan")
+    for rule in ("fixed", "early exit"):
+        backend.switch(llm, RULES[rule])
+        differences += _differ(backend.generate(llm, prompts, **ASK), truth)
+        counts.append(backend.counters(llm)["verified_tokens"])
+    model.compute_logits = stock
+    return {"differences": differences, "unwatched": counts[0], "verified_tokens": counts[1]}
 
 
 def _pause(llm: Any, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
