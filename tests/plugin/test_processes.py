@@ -104,7 +104,7 @@ def test_output_counters_and_control(tmp_path, tiny, truth, token_prompts, setti
     assert error == "ConfigError: unknown policy 'fixd'; did you mean 'fixed'?"
     assert len(workers) == settings.get("tensor_parallel_size", 1)
     assert all(worker == workers[0] for worker in workers)
-    assert workers[0]["draft_rows_written"] > 0
+    assert workers[0]["draft_rows_written"] > 0 and workers[0]["draft_rows_avoided"] > 0
     if "worker_extension_cls" in settings:
         assert theirs == [0, 1]
         assert (tmp_path / "scheduled").exists()
