@@ -28,8 +28,8 @@ from nwor_vllm.policy.survival import Survival
 
 MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
-LEARN_EVERY = 4  # steps learnt from in one go, once the first ones are behind: learning costs more than a small step
-EAGER_STEPS = 16
+EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
+LEARN_EVERY = 8  # at most
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
@@ -205,7 +205,7 @@ class Goodput:
         if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
         self._pending.append(Seen(step, self._last, self._plain))
-        if self.steps < EAGER_STEPS or len(self._pending) >= LEARN_EVERY:
+        if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS):
             self._learn()
 
     def _learn(self) -> None:
