@@ -181,7 +181,10 @@ def test_what_was_learnt_comes_back_and_another_ladders_snapshot_does_not(engine
     backend.generate(engine, token_prompts, **GREEDY)
     learnt = control.snapshot(engine)["policy"]
     control.apply(engine, {"policy": "off"})
-    assert control.apply(engine, {"policy": "goodput", "restore": learnt})["policy"] == learnt
+    assert learnt["slots"]["row"]
+    restored = control.apply(engine, {"policy": "goodput", "restore": learnt})["policy"]
+    assert restored.pop("slots")["row"] == {}  # its requests have ended since
+    assert restored == {name: part for name, part in learnt.items() if name != "slots"}
     with pytest.raises(ConfigError, match="restore holds no snapshot of policy 'goodput' as it is set here"):
         control.apply(engine, {"policy": "goodput", "restore": make_policy("goodput", None, (0, 1, 2)).snapshot()})
     assert backend.generate(engine, token_prompts, **GREEDY) == truth[0]
