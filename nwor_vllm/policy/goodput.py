@@ -23,6 +23,7 @@ from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen
 from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
 from nwor_vllm.policy.requests import Groups, Slots
+from nwor_vllm.policy.shadow import compare
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 
@@ -268,47 +269,15 @@ class Goodput:
         """Feed the guard: realised tokens and time of these steps against every alternative's."""
         if not self.cost.known:
             return
-        whole = np.array([not s.step.prefill_tokens and len(s.step.rounds) == s.step.requests for s in seen])
-        if not whole.any():
+        found = compare(seen, batch, history, soft, self._rungs, self.cost)
+        if not len(found.whole):
             return
-        n = np.diff(batch.starts).astype(float)
-        verified, accepted = batch.verified[:, None], batch.accepted[:, None]
-        # Kept by a fixed length: known up to the first rejection, expected beyond a cut.
-        cut = (accepted == verified) & (self._index >= verified)
-        chance = np.where(cut, history, 1.0)
-        told = np.flatnonzero(~np.isnan(soft) & (batch.accepted == batch.verified))
-        chance[told, batch.verified[told]] = soft[told]  # the confidence that cut the row says what it would have kept
-        kept = (self._index < accepted) + np.multiply.accumulate(chance, axis=1) * cut
-        gain = np.zeros((len(kept), self.k_max + 1))
-        np.add.accumulate(kept, axis=1, out=gain[:, 1:])
-        plain = batch.plain
-        rungs = self._rungs.astype(float)
-        sums = np.add.reduceat(
-            np.column_stack([gain[:, self._rungs], gain[batch.every, plain], plain]), batch.starts[:-1]
-        )
-        longest = np.array([s.plain.k for s in seen], float)
-        slots = np.column_stack([n[:, None] * rungs, sums[:, -1]])
-        drafts = np.column_stack([np.broadcast_to(rungs, (len(seen), len(rungs))), longest])
-        timed = np.array([s.timed() for s in seen], float)
-        context, measured = timed[:, 4], timed[:, 5]
-        wide = drafts.shape[1]
-        predicted = self.cost.predict(
-            np.append(np.repeat(n, wide), timed[:, 0]),
-            np.append((n[:, None] + slots).ravel(), timed[:, 1]),
-            np.append(drafts.ravel(), timed[:, 2]),
-            np.append(np.repeat(context, wide), context),
-            np.append(np.zeros(drafts.size), timed[:, 3]),
-        )
-        shadow, expected = predicted[: drafts.size].reshape(drafts.shape), predicted[drafts.size :]
-        measured = np.where(measured > 0, measured, expected)  # NaN too
-        seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
-        tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
-        self.guard.observe(tokens[whole], seconds[whole], (n[:, None] + sums[:, :-1])[whole], shadow[whole])
+        self.guard.observe(found.tokens, found.seconds, found.shadow_tokens, found.shadow_seconds)
         if self.guard.fallback != POLICY:
             return
-        for i in np.flatnonzero(whole).tolist():
+        for i, tokens, seconds in zip(found.whole.tolist(), found.tokens.tolist(), found.seconds.tolist(), strict=True):
             if seen[i].plan.stop is not None and seen[i].step.k == seen[i].plan.k:
-                achieved = float(tokens[i]) * self.ratio / (float(seconds[i]) * self.rate)
+                achieved = tokens * self.ratio / (seconds * self.rate)
                 self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 
     def seed_cost(self, rows: Iterable[Sequence[float]]) -> None:
