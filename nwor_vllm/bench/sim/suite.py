@@ -83,13 +83,13 @@ def measure(task: Task, pool: Pool) -> dict[str, float]:
     }
     if load.batches:
         return row | {"o2": oracle.o2(load, task.curve, lengths, rates)}
-    if task.seed == 0:  # once more, as a server that has run for a while
-        row["warm"] = replay(policy, load, task.curve, task.seed + 1).rate
+    if task.seed == 0:
+        row["rule"] = max(oracle.best_rule(load, task.curve, lengths), row["o1"])
+        row["warm"] = replay(policy, load, task.curve, seed=1).rate  # once more, as a server that has run for a while
     clairvoyant = max(oracle.o3(load, task.curve, rates), got.rate)
     exact = load.batch == 1
     return row | {
         "o2": row["o1"],  # one batch size: a table is one length
-        "rule": max(oracle.best_rule(load, task.curve, lengths), row["o1"]),
         "o3": clairvoyant,
         "bound": clairvoyant if exact else max(oracle.bound(load, task.curve), clairvoyant),
     }
