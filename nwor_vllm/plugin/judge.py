@@ -1,12 +1,13 @@
 """Who reads the draft logits of a round and applies the stop rule: where the logits are host memory, and on a device.
 
-On a CPU every small tensor operation costs as much as a few hundred additions, so there numpy reads the logits and
-plain Python judges. On a device nothing waits: the kernels judge in static buffers.
+On a CPU every small tensor operation costs as much as a few hundred additions, so there one softmax reads the logits
+and plain Python judges. On a device nothing waits: the kernels judge in static buffers.
 """
 
 from __future__ import annotations
 
 import math
+
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -43,17 +44,16 @@ def largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Scratch:
-    """Room for the logits of one position in fp32, kept: memory that is new costs more than the arithmetic in it."""
+    """Room for the distributions of one position in fp32, kept: memory that is new costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self.room = torch.empty(0, 0)
 
-    def copy(self, logits: torch.Tensor) -> NDArray[np.float32]:
+    def fill(self, logits: torch.Tensor) -> torch.Tensor:
         rows, vocab = logits.shape
         if self.room.shape[0] < rows or self.room.shape[1] != vocab:
             self.room = torch.empty(rows, vocab)
-        found: NDArray[np.float32] = self.room[:rows].copy_(logits).numpy()
-        return found
+        return self.room[:rows].copy_(logits)
 
 
 class HostJudge:
@@ -71,17 +71,11 @@ class HostJudge:
         self.every = np.arange(len(limits))
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
-        # The same statistic as kernels.reference.confidence: the winner is left out of the sum, not taken off it.
-        x = self.scratch.copy(logits)
-        tokens = x.argmax(axis=1)
-        top = x[self.every, tokens]
-        with np.errstate(invalid="ignore"):  # a row without a distribution: NaN, or nothing but infinities
-            np.subtract(x, top[:, None], out=x)
-            np.exp(x, out=x)
-            x[self.every, tokens] = 0.0
-            others = np.add.reduce(x, axis=1).tolist()
-        tops, going = top.tolist(), self.rows.going
-        confidence = [1.0 / (1.0 + o) if math.isfinite(t) else math.nan for o, t in zip(others, tops, strict=True)]
+        # What kernels.reference.confidence says, to fp32's last digits; NaN in a row without a distribution.
+        room = self.scratch.fill(logits)
+        tokens = room.numpy().argmax(axis=1)
+        p = torch.softmax(room, dim=1, out=room).numpy()
+        confidence, going = p[self.every, tokens].tolist(), self.rows.going
         self.rows.take(confidence if len(going) == len(tokens) else [confidence[r] for r in going])
         return torch.from_numpy(tokens)
 
