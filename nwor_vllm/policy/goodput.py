@@ -23,7 +23,7 @@ from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen
 from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
 from nwor_vllm.policy.requests import Groups, Slots
-from nwor_vllm.policy.shadow import compare
+from nwor_vllm.policy.shadow import Walkers, compare, rounds_of
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 
@@ -71,6 +71,7 @@ class Goodput:
         self.slots = Slots()
         self.cost = Cost()
         self.guard = Guard(self.ladder)
+        self.walkers = Walkers(self._rungs)
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
@@ -138,9 +139,9 @@ class Goodput:
     def _rows(self, requests: Sequence[str]) -> Ints:
         rows, fresh = self.slots.rows(requests)
         if fresh:
-            for effects in (self.survival.effects, self.calibration.effects):
-                effects.fit(self.slots.size)
-                effects.reset(fresh)
+            for kept in (self.survival.effects, self.calibration.effects, self.walkers):
+                kept.fit(self.slots.size)
+                kept.reset(fresh)
         return rows
 
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
@@ -148,7 +149,8 @@ class Goodput:
         rungs = self._rungs.astype(float)
         full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
-        rates = (n + full) / seconds
+        luck = self.walkers.gain()
+        rates = (n + full) * luck / seconds
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
         if not self.params.per_request or n == 1 or k == 0:
@@ -159,7 +161,7 @@ class Goodput:
         sums = np.add.accumulate(np.stack([(survival * worth).sum(axis=1), worth.sum(axis=1)]), axis=2)
         gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
         seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
-        rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
+        rates = (n + gain) * luck / np.maximum.accumulate(seconds, axis=1)
         trim, best = divmod(int(rates.argmax()), rates.shape[1])
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 
@@ -235,7 +237,7 @@ class Goodput:
             self._learn_price(seen[-1].step, batch.starts[-2], predicted, batch)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
-        self._compare(seen, batch, history, soft)
+        self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft))
 
     def _learn_price(self, step: Step, start: int, predicted: Floats, batch: Batch) -> None:
         """The survival that a judged slot must have: the threshold that would have served the last step best."""
@@ -265,14 +267,15 @@ class Goodput:
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _compare(self, seen: list[Seen], batch: Batch, history: Floats, soft: Floats) -> None:
+    def _compare(self, seen: list[Seen], batch: Batch, rounds: Floats) -> None:
         """Feed the guard: realised tokens and time of these steps against every alternative's."""
         if not self.cost.known:
             return
-        found = compare(seen, batch, history, soft, self._rungs, self.cost)
+        found = compare(seen, batch, rounds, self._rungs, self.cost)
         if not len(found.whole):
             return
-        self.guard.observe(found.tokens, found.seconds, found.shadow_tokens, found.shadow_seconds)
+        tokens = np.broadcast_to(found.tokens[:, None], found.shadow_seconds.shape)
+        self.guard.observe(found.tokens, found.seconds, tokens, found.shadow_seconds)
         if self.guard.fallback != POLICY:
             return
         for i, tokens, seconds in zip(found.whole.tolist(), found.tokens.tolist(), found.seconds.tolist(), strict=True):
@@ -287,7 +290,9 @@ class Goodput:
     def forget(self, request_id: str) -> None:
         if self._pending:
             self._learn()
-        self.slots.forget(request_id)
+        row = self.slots.forget(request_id)
+        if row is not None:
+            self.walkers.end(row)
 
     # State
 
@@ -308,7 +313,7 @@ class Goodput:
             "ratio",
             "price",
         )
-        parts = ("slots", "cost", "guard", "survival", "calibration")
+        parts = ("slots", "cost", "guard", "survival", "calibration", "walkers")
         return {name: getattr(self, name) for name in scalars} | {p: getattr(self, p).snapshot() for p in parts}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -40,10 +40,12 @@ class Slots:
         get = self.row.get
         return np.array([get(r, SCRATCH) for r in requests], np.int64)
 
-    def forget(self, request: str) -> None:
+    def forget(self, request: str) -> int | None:
+        """The row it had."""
         row = self.row.pop(request, None)
         if row is not None:
             self.free.append(row)
+        return row
 
     def snapshot(self) -> dict[str, Any]:
         return {"row": dict(self.row), "free": list(self.free), "size": self.size}
