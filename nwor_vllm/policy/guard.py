@@ -22,7 +22,7 @@ from nwor_vllm.policy.stop import Floats
 FLOOR = 0.99
 MEMORY = 400.0  # steps
 MIN_STEPS = 24
-SIGMAS = 3.0
+SIGMAS = 1.0
 FIRST_HOLD = 32
 MAX_HOLD = 8192
 POLICY, PLAIN = -1, -2  # who has the steps, if not a fixed length
@@ -58,10 +58,9 @@ class Guard:
         self.weight = k * self.weight + n
         self.mine = k * self.mine + (tokens.sum(), seconds.sum())
         mine, mean = self.mine / self.weight, self.shadow / self.weight
-        difference = (
-            (tokens / mine[0] - seconds / mine[1])[:, None] - shadow_tokens / mean[0] + shadow_seconds / mean[1]
-        )
-        self.scatter = k * self.scatter + (difference * difference).sum(axis=0)
+        # Rounds are whole numbers: what one step has too many the next has too few, so steps count together.
+        difference = shadow[1] / mean[1] - seconds.sum() / mine[1] + tokens.sum() / mine[0] - shadow[0] / mean[0]
+        self.scatter = k * self.scatter + difference * difference
         if self.fallback == PLAIN and self._ended(n):
             return
         if self.steps >= MIN_STEPS:

@@ -41,10 +41,11 @@ class Walkers:
         self.widths = rungs + 1
         self.at: Ints = np.zeros((START, len(rungs) + 1), np.int64)
         self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
-        self.ended: Ints = np.zeros(len(rungs) + 1, np.int64)  # rounds that requests left unfinished at their ends
+        self.part: Floats = np.zeros((START, len(rungs) + 1))  # of that round, as counted
+        self.ended: Floats = np.zeros(len(rungs) + 1)  # the rest of the rounds that requests were in at their ends
         self.tokens = self.count = 0.0  # discounted: what was walked, and rounds that walked it
         self.rounds: Floats = np.zeros(len(rungs))  # what every length would have needed
-        self.hoped: Floats = np.zeros(len(rungs))  # and tokens a round that history said it would keep
+        self.hoped: Floats = np.zeros(len(rungs))  # and what it would have kept of this length's rounds
 
     def learn(self, tokens: float, count: int, rounds: Floats, hoped: Floats) -> None:
         fade = math.exp(-count / MEMORY)
@@ -54,7 +55,7 @@ class Walkers:
         self.hoped = fade * self.hoped + hoped
 
     def gain(self) -> Floats:
-        """Tokens a round over what the hazards of this length's rounds make one expect, for every length."""
+        """Tokens a round over what this length's rounds make one expect, for every length."""
         if not self.count or not self.rounds.all():
             return np.ones(len(self.rounds))
         found = (self.tokens / self.rounds) / (self.hoped / self.count)
@@ -64,37 +65,44 @@ class Walkers:
         grow = size - len(self.at)
         if grow > 0:
             self.at = np.concatenate([self.at, np.zeros((grow, self.at.shape[1]), np.int64)])
+            self.part = np.concatenate([self.part, np.zeros((grow, self.at.shape[1]))])
             self.owed = np.concatenate([self.owed, np.zeros(grow)])
 
     def reset(self, rows: Sequence[int]) -> None:
         self.at[rows] = 0
+        self.part[rows] = 0.0
         self.owed[rows] = 0.0
 
     def end(self, row: int) -> None:
-        self.ended += self.at[row] > 0
+        self.ended += np.ceil(self.part[row]) - self.part[row]
 
-    def walk(self, rows: Ints, easy: Ints, hard: Floats, plain: Ints) -> Ints:
-        """Rounds that ended, [rows, alternatives], while each row moved on by `easy` tokens and one that is hard with
-        the probability `hard`."""
+    def walk(self, rows: Ints, easy: Ints, hard: Floats, plain: Ints) -> Floats:
+        """Rounds, [rows, alternatives], that each row needed to move on by `easy` tokens and one that is hard with the
+        probability `hard`. A round that goes on counts by the tokens it could still have."""
         owed = self.owed[rows] + hard
         ends = (hard >= 1.0) | (owed >= 0.5)
-        self.owed[rows] = np.where(hard >= 1.0, self.owed[rows], owed - ends)
         widths = np.empty((len(rows), len(self.widths) + 1), np.int64)
         widths[:, :-1], widths[:, -1] = self.widths, plain + 1
         done, at = np.divmod(self.at[rows] + easy[:, None], widths)
         at += 1
         last = ends[:, None] | (at >= widths)
-        self.at[rows] = np.where(last, 0, at)
+        at[last] = 0
+        part = at / widths
+        walked = np.asarray(done + last + part - self.part[rows])
+        self.at[rows], self.part[rows] = at, part
+        self.owed[rows] = np.where(hard >= 1.0, self.owed[rows], owed - ends)
         self.reset([SCRATCH])
-        return np.asarray(done + last)
+        return walked
 
     def snapshot(self) -> dict[str, Any]:
-        return {"at": self.at.tolist(), "owed": self.owed.tolist(), "ended": self.ended.tolist()}
+        names = ("at", "part", "owed", "ended", "rounds", "hoped")
+        return {name: getattr(self, name).tolist() for name in names} | {"tokens": self.tokens, "count": self.count}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.at = np.array(state["at"], np.int64)
-        self.owed = np.array(state["owed"], float)
-        self.ended = np.array(state["ended"], np.int64)
+        for name in ("part", "owed", "ended", "rounds", "hoped"):
+            setattr(self, name, np.array(state[name], float))
+        self.tokens, self.count = float(state["tokens"]), float(state["count"])
 
 
 def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft: Floats) -> Floats:
@@ -109,7 +117,13 @@ def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft:
         out[i] = walkers.walk(rows[of], accepted[of], hard[of], batch.plain[of]).sum(axis=0)
     out[0] += walkers.ended
     walkers.ended[:] = 0
-    hoped = np.add.accumulate(np.multiply.accumulate(history, axis=1).sum(axis=0))
+    index = np.arange(history.shape[1])
+    cut = (accepted == verified)[:, None] & (index >= verified[:, None])
+    chance = np.where(cut, history, 1.0)
+    told = np.flatnonzero(cut.any(axis=1))
+    chance[told, verified[told]] = beyond[told]
+    kept = (index < accepted[:, None]) + np.multiply.accumulate(chance, axis=1) * cut
+    hoped = np.add.accumulate(kept.sum(axis=0))
     lengths = walkers.widths - 1
     total = len(rows) + np.where(lengths > 0, hoped[np.maximum(lengths, 1) - 1], 0.0)
     walkers.learn(float(accepted.sum() + len(rows)), len(rows), out[:, :-1].sum(axis=0), total)
