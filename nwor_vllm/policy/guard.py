@@ -22,7 +22,7 @@ from nwor_vllm.policy.stop import Floats
 FLOOR = 0.99
 MEMORY = 400.0  # steps
 MIN_STEPS = 24
-SIGMAS = 1.0
+SIGMAS = 1.5
 FIRST_HOLD = 32
 MAX_HOLD = 8192
 POLICY, PLAIN = -1, -2  # who has the steps, if not a fixed length
@@ -89,9 +89,9 @@ class Guard:
         """Steps with a fixed length still teach about shorter ones: move down, never up, until the hold ends."""
         if self._ended(n):
             return
-        rates = self.shadow[0] / self.shadow[1]
+        rates = (self.shadow[0] / self.shadow[1])[:-1]
         here = self.ladder.index(self.fallback)
-        best = int(np.argmax(rates[: here + 1]))
+        best = int(np.argmax(rates))
         if rates[best] > rates[here] / FLOOR:
             self.fallback = self.ladder[best]
 
@@ -102,13 +102,15 @@ class Guard:
         return np.asarray((self.mine[0] / self.mine[1]) / (self.shadow[0] / self.shadow[1]))
 
     def _judge(self) -> None:
-        error = np.sqrt(self.scatter) / self.weight
-        upper = np.log(self.ratios()) + SIGMAS * error
+        ratios = np.log(self.ratios())
+        upper = ratios + SIGMAS * np.sqrt(self.scatter) / self.weight
         if self.fallback == PLAIN:
             upper = upper[:-1]
         worst = int(np.argmin(upper))
         if upper[worst] < np.log(FLOOR):
             self.trips += 1
+            if self.fallback == POLICY and ratios[-1] < ratios[worst] - np.log(FLOOR):
+                worst = len(self.ladder)  # as good, and it follows the traffic
             self.fallback = self.ladder[worst] if worst < len(self.ladder) else PLAIN
             self.left, self.hold = self.hold, min(2 * self.hold, MAX_HOLD)
             if self.fallback == PLAIN:
