@@ -80,6 +80,7 @@ class Goodput:
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
+        self.near_zero = True
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
@@ -151,6 +152,7 @@ class Goodput:
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
         luck = self.walkers.gain()
         rates = (n + full) * luck / seconds
+        self.near_zero = bool(rates[0] > 0.6 * rates.max())
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
         if not self.params.per_request or n == 1 or k == 0:
@@ -191,15 +193,17 @@ class Goodput:
             return self._visit(k)
         return None
 
-    def _visit(self, k: int) -> int:
+    def _visit(self, k: int) -> int | None:
         """None, one rung shorter, one longer, in turn, rarer and rarer: their cost is not believed unseen for ever."""
         here = self.ladder.index(k)
-        turns = (0, max(0, here - 1), min(here + 1, len(self.ladder) - 1))
         self.visit = self.steps + self.visit_wait
+        turn = self.visits % 3
         self.visits += 1
-        if self.visits % len(turns) == 0:
+        if self.visits % 3 == 0:
             self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
-        return self.ladder[turns[self.visits % len(turns)]]
+        if turn == 2:
+            return self.ladder[0] if self.near_zero or self.visits == 6 else None
+        return self.ladder[max(0, here - 1) if turn == 0 else min(here + 1, len(self.ladder) - 1)]
 
     # Learning
 
