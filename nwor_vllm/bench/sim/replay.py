@@ -111,7 +111,7 @@ def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float
         out.accepted += kept_tokens
         out.lengths[k] = out.lengths.get(k, 0) + 1
         room = lanes.room[at]  # what lies beyond a text is neither kept nor rejected
-        rounds = _rounds(run.ids, np.minimum(drafted, room), np.minimum(kept, room), accepted, shown)
+        rounds = _rounds(run.ids, drafted, np.minimum(kept, room), accepted, shown)
         policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified, judged_steps=judged))
         for request in run.advance(accepted + 1, out.tokens):
             policy.forget(request)
