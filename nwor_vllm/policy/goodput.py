@@ -30,7 +30,7 @@ from nwor_vllm.policy.survival import Survival
 MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
-LEARN_EVERY = 8  # at most
+LEARN_EVERY = 16  # at most
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
@@ -80,7 +80,8 @@ class Goodput:
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self.near_zero = True
+        self.near_zero = True  # not to draft may be the best there is
+        self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
@@ -122,7 +123,7 @@ class Goodput:
             return Plan(k, plain.caps), plain
         price = self.price if self.price >= 0 else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
         stop = self._stop_rule(survival, n, price)
-        k = self._furthest(k, n) if self.honoured > 0.5 else k
+        k = self._furthest(self._own, n) if self.honoured > 0.5 else k
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
@@ -150,8 +151,9 @@ class Goodput:
         rungs = self._rungs.astype(float)
         full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
-        luck = self.walkers.gain()
-        rates = (n + full) * luck / seconds
+        rates = (n + full) / seconds
+        self._own = self.ladder[int(rates.argmax())]
+        rates *= self.walkers.gain
         self.near_zero = bool(rates[0] > 0.6 * rates.max())
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
@@ -163,7 +165,9 @@ class Goodput:
         sums = np.add.accumulate(np.stack([(survival * worth).sum(axis=1), worth.sum(axis=1)]), axis=2)
         gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
         seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
-        rates = (n + gain) * luck / np.maximum.accumulate(seconds, axis=1)
+        rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
+        self._own = self.ladder[int(rates.argmax()) % rates.shape[1]]
+        rates *= self.walkers.gain
         trim, best = divmod(int(rates.argmax()), rates.shape[1])
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 

@@ -22,7 +22,7 @@ from nwor_vllm.policy.stop import Floats
 FLOOR = 0.99
 MEMORY = 400.0  # steps
 MIN_STEPS = 24
-SIGMAS = 1.5
+SIGMAS = 3.0
 FIRST_HOLD = 32
 MAX_HOLD = 8192
 POLICY, PLAIN = -1, -2  # who has the steps, if not a fixed length

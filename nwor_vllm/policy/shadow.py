@@ -20,9 +20,8 @@ from nwor_vllm.policy.evidence import Batch, Seen
 from nwor_vllm.policy.requests import SCRATCH, START
 from nwor_vllm.policy.stop import Floats, Ints
 
-
-MEMORY = 1000.0  # rounds
-PRIOR_ROUNDS = 30.0
+MEMORY = 1000.0  # rounds behind `gain`
+PRIOR_ROUNDS = 10.0  # at which half of it is believed
 
 
 class Compared(NamedTuple):
@@ -35,31 +34,21 @@ class Compared(NamedTuple):
 
 
 class Walkers:
-    """Per request, how many tokens of its current round each alternative has had."""
+    """Per request, how many tokens each alternative's current round has had: the rungs, then the plain plan.
+
+    `gain`: tokens a round of every length over what rounds that start where this length's do would have.
+    """
 
     def __init__(self, rungs: Ints) -> None:
-        self.widths = rungs + 1
+        self.widths = rungs + 1  # a round's tokens at most
         self.at: Ints = np.zeros((START, len(rungs) + 1), np.int64)
-        self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
         self.part: Floats = np.zeros((START, len(rungs) + 1))  # of that round, as counted
+        self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
         self.ended: Floats = np.zeros(len(rungs) + 1)  # the rest of the rounds that requests were in at their ends
-        self.tokens = self.count = 0.0  # discounted: what was walked, and rounds that walked it
-        self.rounds: Floats = np.zeros(len(rungs))  # what every length would have needed
-        self.hoped: Floats = np.zeros(len(rungs))  # and what it would have kept of this length's rounds
-
-    def learn(self, tokens: float, count: int, rounds: Floats, hoped: Floats) -> None:
-        fade = math.exp(-count / MEMORY)
-        self.tokens = fade * self.tokens + tokens
-        self.count = fade * self.count + count
-        self.rounds = fade * self.rounds + rounds
-        self.hoped = fade * self.hoped + hoped
-
-    def gain(self) -> Floats:
-        """Tokens a round over what this length's rounds make one expect, for every length."""
-        if not self.count or not self.rounds.all():
-            return np.ones(len(self.rounds))
-        found = (self.tokens / self.rounds) / (self.hoped / self.count)
-        return np.asarray(np.minimum(np.maximum(found, 0.25), 4.0) ** (self.count / (self.count + PRIOR_ROUNDS)))
+        self.tokens = self.count = 0.0  # discounted: what was walked, and the rounds that did
+        self.rounds: Floats = np.zeros(len(rungs))  # what every length would have needed for it
+        self.kept: Floats = np.zeros(len(rungs))  # and what it would have had in rounds that start where these did
+        self.gain: Floats = np.ones(len(rungs))
 
     def fit(self, size: int) -> None:
         grow = size - len(self.at)
@@ -74,68 +63,94 @@ class Walkers:
         self.owed[rows] = 0.0
 
     def end(self, row: int) -> None:
+        """The request of `row` is over: so are the rounds it was in."""
         self.ended += np.ceil(self.part[row]) - self.part[row]
 
-    def walk(self, rows: Ints, easy: Ints, hard: Floats, plain: Ints) -> Floats:
-        """Rounds, [rows, alternatives], that each row needed to move on by `easy` tokens and one that is hard with the
-        probability `hard`. A round that goes on counts by the tokens it could still have."""
-        owed = self.owed[rows] + hard
-        ends = (hard >= 1.0) | (owed >= 0.5)
-        widths = np.empty((len(rows), len(self.widths) + 1), np.int64)
-        widths[:, :-1], widths[:, -1] = self.widths, plain + 1
-        done, at = np.divmod(self.at[rows] + easy[:, None], widths)
-        at += 1
-        last = ends[:, None] | (at >= widths)
-        at[last] = 0
-        part = at / widths
-        walked = np.asarray(done + last + part - self.part[rows])
-        self.at[rows], self.part[rows] = at, part
-        self.owed[rows] = np.where(hard >= 1.0, self.owed[rows], owed - ends)
+    def walk(self, rows: Ints, tokens: Ints, hard: Floats, plain: Ints) -> Floats:
+        """Rounds that every alternative needs where `rows`, several times if need be, move on by `tokens` each, the
+        last of which is hard with the probability `hard`. A round that goes on counts by the tokens it could have."""
+        order = np.argsort(rows, kind="stable")
+        rows, tokens, hard, plain = rows[order], tokens[order], hard[order], plain[order]
+        fresh = np.append(True, rows[1:] != rows[:-1])
+        first, which = np.flatnonzero(fresh), np.add.accumulate(fresh) - 1
+        last = np.append(first[1:], len(rows)) - 1
+        mine = rows[first]
+        # What is not known to be hard or easy is hard as often as it is likely to be.
+        sure = hard >= 1.0
+        maybe = np.where(sure, 0.0, hard)
+        before = np.add.accumulate(maybe) - maybe
+        before += (self.owed[mine] - before[first])[which]
+        owed = before + maybe
+        ends = sure | (np.floor(owed + 0.5) > np.floor(before + 0.5))
+        self.owed[mine] = owed[last] - np.floor(owed[last] + 0.5)
+        # From one hard token to the next, all are easy.
+        stops = ends.copy()
+        stops[last] = True
+        start = np.append(0, np.flatnonzero(stops)[:-1] + 1)
+        stretch = np.add.reduceat(tokens, start)[:, None] + np.where(fresh[start][:, None], self.at[rows[start]], 0)
+        widths = np.empty((len(start), len(self.widths) + 1), np.int64)
+        widths[:, :-1], widths[:, -1] = self.widths, plain[start] + 1
+        closed = ends[stops][:, None]
+        done, at = np.divmod(stretch, widths)
+        done += closed & (at > 0)
+        at = np.where(closed, 0, at)[np.add.accumulate(stops)[last] - 1]
+        part = at / np.append(np.broadcast_to(self.widths, at[:, :-1].shape), plain[last][:, None] + 1, axis=1)
+        rounds = done.sum(axis=0) + (part - self.part[mine]).sum(axis=0) + self.ended
+        self.at[mine], self.part[mine] = at, part
+        self.ended = np.zeros_like(self.ended)
         self.reset([SCRATCH])
-        return walked
+        return np.asarray(rounds)
+
+    def learn(self, tokens: float, count: int, rounds: Floats, kept: Floats) -> None:
+        fade = math.exp(-count / MEMORY)
+        self.tokens = fade * self.tokens + tokens
+        self.count = fade * self.count + count
+        self.rounds = fade * self.rounds + rounds
+        self.kept = fade * self.kept + kept
+        self._gain()
+
+    def _gain(self) -> None:
+        if self.count and self.rounds.all():
+            found = (self.tokens * self.count) / (self.rounds * self.kept)
+            self.gain = np.minimum(np.maximum(found, 0.25), 4.0) ** (self.count / (self.count + PRIOR_ROUNDS))
 
     def snapshot(self) -> dict[str, Any]:
-        names = ("at", "part", "owed", "ended", "rounds", "hoped")
+        names = ("at", "part", "owed", "ended", "rounds", "kept")
         return {name: getattr(self, name).tolist() for name in names} | {"tokens": self.tokens, "count": self.count}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.at = np.array(state["at"], np.int64)
-        for name in ("part", "owed", "ended", "rounds", "hoped"):
+        for name in ("part", "owed", "ended", "rounds", "kept"):
             setattr(self, name, np.array(state[name], float))
         self.tokens, self.count = float(state["tokens"]), float(state["count"])
+        self.gain = np.ones(len(self.rounds))
+        self._gain()
 
 
 def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft: Floats) -> Floats:
-    """Rounds that every alternative would have ended in each step, [steps, alternatives]."""
-    verified, accepted = batch.verified, batch.accepted
-    beyond = history[batch.every, np.minimum(verified, history.shape[1] - 1)]
-    beyond = np.where(np.isnan(soft), beyond, soft)  # the confidence that cut the row says what it would have kept
-    hard = np.where(accepted < verified, 1.0, 1.0 - beyond)
-    out = np.empty((len(batch.starts) - 1, walkers.at.shape[1]))
-    for i, (start, end) in enumerate(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True)):
-        of = slice(start, end)
-        out[i] = walkers.walk(rows[of], accepted[of], hard[of], batch.plain[of]).sum(axis=0)
-    out[0] += walkers.ended
-    walkers.ended[:] = 0
-    index = np.arange(history.shape[1])
+    """Rounds of every alternative for each one that was run. `soft` is the calibrated confidence of what cut a row."""
+    verified, accepted, index = batch.verified, batch.accepted, np.arange(history.shape[1])
+    beyond = history[batch.every, np.minimum(verified, len(index) - 1)]
+    beyond = np.where(np.isnan(soft), beyond, soft)
+    hard = np.where(accepted < verified, 1.0, np.minimum(1.0 - beyond, 0.999))
+    rounds = walkers.walk(rows, accepted + 1, hard, batch.plain)
+    # Known up to the first rejection, expected beyond a cut.
     cut = (accepted == verified)[:, None] & (index >= verified[:, None])
     chance = np.where(cut, history, 1.0)
     told = np.flatnonzero(cut.any(axis=1))
     chance[told, verified[told]] = beyond[told]
     kept = (index < accepted[:, None]) + np.multiply.accumulate(chance, axis=1) * cut
-    hoped = np.add.accumulate(kept.sum(axis=0))
-    lengths = walkers.widths - 1
-    total = len(rows) + np.where(lengths > 0, hoped[np.maximum(lengths, 1) - 1], 0.0)
-    walkers.learn(float(accepted.sum() + len(rows)), len(rows), out[:, :-1].sum(axis=0), total)
-    return out
+    total = np.append(0.0, np.add.accumulate(kept.sum(axis=0)))[walkers.widths - 1]
+    walkers.learn(float(accepted.sum() + len(rows)), len(rows), rounds[:-1], len(rows) + total)
+    return rounds / len(rows)
 
 
-def compare(seen: Sequence[Seen], batch: Batch, rounds: Floats, rungs: Ints, cost: Cost) -> Compared:
+def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost: Cost) -> Compared:
+    """`share`: rounds of every alternative for one that was run."""
     whole = np.array([not s.step.prefill_tokens and len(s.step.rounds) == s.step.requests for s in seen])
     n = np.diff(batch.starts).astype(float)
     lengths = rungs.astype(float)
-    plain = np.add.reduceat(batch.plain, batch.starts[:-1])
-    slots = np.column_stack([n[:, None] * lengths, plain])
+    slots = np.column_stack([n[:, None] * lengths, np.add.reduceat(batch.plain, batch.starts[:-1])])
     longest = np.array([s.plain.k for s in seen], float)
     drafts = np.column_stack([np.broadcast_to(lengths, (len(seen), len(lengths))), longest])
     timed = np.array([s.timed() for s in seen], float)
@@ -152,5 +167,4 @@ def compare(seen: Sequence[Seen], batch: Batch, rounds: Floats, rungs: Ints, cos
     measured = np.where(measured > 0, measured, expected)  # NaN too
     seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
     tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
-    shadow = step * rounds / n[:, None]
-    return Compared(tokens[whole], seconds[whole], shadow[whole], np.flatnonzero(whole))
+    return Compared(tokens[whole], seconds[whole], (step * share)[whole], np.flatnonzero(whole))
