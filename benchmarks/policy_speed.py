@@ -19,14 +19,14 @@ from nwor_vllm.bench.sim.synthetic import DOMAINS, generate
 from nwor_vllm.policy import Plan, Round, Step, make_policy
 
 LADDER = (0, 1, 2, 3, 5, 8)
-STEPS = 600
+STEPS = 1600
 
 
 def measure(batch: int) -> dict[str, float]:
     """CPU time of `plan` and `observe` over steps as an engine runs them, confidences included, past the eager start.
 
-    Learning comes every eighth step and the plan is kept in between, so the mean is a step's share; of the plans, the
-    slowest eighth were really made: `decision` is their median.
+    Learning comes every sixteenth step and the plan is kept in between, so the mean is a step's share; of the plans,
+    the slowest sixteenth were really made: `decision` is their median.
     """
     policy, ids, rng = make_policy("goodput", None, LADDER), [f"r{i}" for i in range(batch)], np.random.default_rng(0)
     spent, plans = [], []
@@ -39,7 +39,7 @@ def measure(batch: int) -> dict[str, float]:
         policy.observe(step)
         plans.append(planned - start)
         spent.append(planned - start + time.thread_time() - learning)
-    settled, made = spent[STEPS // 4 :], sorted(plans[STEPS // 4 :])[-STEPS * 3 // 32 :]
+    settled, made = spent[STEPS // 4 :], sorted(plans[STEPS // 4 :])[-STEPS * 3 // 64 :]
     return {
         "batch": batch,
         "decision_us": 1e6 * statistics.median(made),

@@ -275,15 +275,14 @@ class Goodput:
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _compare(self, seen: list[Seen], batch: Batch, rounds: Floats) -> None:
-        """Feed the guard: realised tokens and time of these steps against every alternative's."""
+    def _compare(self, seen: list[Seen], batch: Batch, share: Floats) -> None:
+        """Feed the guard: what these steps took, and what every alternative would have for the same text."""
         if not self.cost.known:
             return
-        found = compare(seen, batch, rounds, self._rungs, self.cost)
+        found = compare(seen, batch, share, self._rungs, self.cost)
         if not len(found.whole):
             return
-        tokens = np.broadcast_to(found.tokens[:, None], found.shadow_seconds.shape)
-        self.guard.observe(found.tokens, found.seconds, tokens, found.shadow_seconds)
+        self.guard.observe(len(found.whole), float(found.seconds.sum()), found.shadow_seconds.sum(axis=0))
         if self.guard.fallback != POLICY:
             return
         for i, tokens, seconds in zip(found.whole.tolist(), found.tokens.tolist(), found.seconds.tolist(), strict=True):

@@ -1,10 +1,9 @@
 """No regret: is the policy at least as good as not speculating, as the best fixed draft length, as its own history?
 
-Every alternative is shadowed on the same rounds: what it would have kept (known up to the first rejection; where a
-round was cut short of it, the expected rest) and what the step would have cost under the same cost model. The pairing
-removes the luck of the text from the comparison. Below 0.99 of a shadow, by more than its noise, the guard hands the
-steps to that alternative for a hold that doubles with each trip and halves only after four holds' worth of good steps:
-trips in N steps grow slower than N over the hold, so it cannot oscillate.
+Every alternative is shadowed on the same text: the rounds it would have needed for it, and their time under the same
+cost model. The pairing removes the luck of the text from the comparison. Below 0.99 of a shadow, by more than its
+noise, the guard hands the steps to that alternative for a hold that doubles with each trip and halves only after four
+holds' worth of good steps: trips in N steps grow slower than N over the hold, so it cannot oscillate.
 
 The alternatives are the fixed lengths of the ladder, and `PLAIN`: the policy without the drafter's confidence, whose
 own steps are held against the fixed lengths in turn.
@@ -40,26 +39,22 @@ class Guard:
     def _clear(self) -> None:
         alternatives = len(self.ladder) + 1
         self.steps = self.since = 0
-        self.mine: Floats = np.zeros(2)  # discounted tokens, seconds
-        self.shadow: Floats = np.zeros((2, alternatives))  # the rungs, then PLAIN
-        self.scatter: Floats = np.zeros(alternatives)  # discounted squares of the difference of log rates per step
+        self.mine = 0.0  # discounted seconds
+        self.shadow: Floats = np.zeros(alternatives)  # the same of the rungs, then of PLAIN
+        self.scatter: Floats = np.zeros(alternatives)  # discounted squares of the difference of log rates
         self.weight = 0.0
 
-    def observe(self, tokens: Floats, seconds: Floats, shadow_tokens: Floats, shadow_seconds: Floats) -> None:
-        """Steps as they were, [steps], and what every alternative would have made of them, [steps, alternatives]."""
-        n = len(tokens)
+    def observe(self, n: int, seconds: float, shadow: Floats) -> None:
+        """What `n` steps took, and what the same text would have taken with every alternative."""
         k = (1.0 - 1.0 / MEMORY) ** n
-        shadow = np.stack([shadow_tokens.sum(axis=0), shadow_seconds.sum(axis=0)])
         self.shadow = k * self.shadow + shadow
         if self.fallback >= 0:
             self._hold(n)
             return
         self.steps += n
         self.weight = k * self.weight + n
-        self.mine = k * self.mine + (tokens.sum(), seconds.sum())
-        mine, mean = self.mine / self.weight, self.shadow / self.weight
-        # Rounds are whole numbers: what one step has too many the next has too few, so steps count together.
-        difference = shadow[1] / mean[1] - seconds.sum() / mine[1] + tokens.sum() / mine[0] - shadow[0] / mean[0]
+        self.mine = k * self.mine + seconds
+        difference = self.weight * (shadow / self.shadow - seconds / self.mine)
         self.scatter = k * self.scatter + difference * difference
         if self.fallback == PLAIN and self._ended(n):
             return
@@ -86,20 +81,19 @@ class Guard:
         return True
 
     def _hold(self, n: int) -> None:
-        """Steps with a fixed length still teach about shorter ones: move down, never up, until the hold ends."""
+        """Steps with a fixed length teach about the others, too."""
         if self._ended(n):
             return
-        rates = (self.shadow[0] / self.shadow[1])[:-1]
-        here = self.ladder.index(self.fallback)
-        best = int(np.argmax(rates))
-        if rates[best] > rates[here] / FLOOR:
+        seconds = self.shadow[:-1]
+        best = int(np.argmin(seconds))
+        if seconds[best] < FLOOR * seconds[self.ladder.index(self.fallback)]:
             self.fallback = self.ladder[best]
 
     def ratios(self) -> Floats:
         """The rate of who has the steps over each alternative's; ones before any step."""
         if not self.steps:
             return np.ones(len(self.ladder) + 1)
-        return np.asarray((self.mine[0] / self.mine[1]) / (self.shadow[0] / self.shadow[1]))
+        return np.asarray(self.shadow / self.mine)
 
     def _judge(self) -> None:
         ratios = np.log(self.ratios())
@@ -124,7 +118,7 @@ class Guard:
             "trips": self.trips,
             "steps": self.steps,
             "since": self.since,
-            "mine": self.mine.tolist(),
+            "mine": self.mine,
             "shadow": self.shadow.tolist(),
             "scatter": self.scatter.tolist(),
             "weight": self.weight,
@@ -133,5 +127,5 @@ class Guard:
     def restore(self, state: Mapping[str, Any]) -> None:
         for name in ("hold", "left", "fallback", "trips", "steps", "since"):
             setattr(self, name, int(state[name]))
-        self.mine, self.shadow = np.array(state["mine"], float), np.array(state["shadow"], float)
-        self.scatter, self.weight = np.array(state["scatter"], float), float(state["weight"])
+        self.mine, self.weight = float(state["mine"]), float(state["weight"])
+        self.shadow, self.scatter = np.array(state["shadow"], float), np.array(state["scatter"], float)

@@ -95,7 +95,8 @@ class Walkers:
         done += closed & (at > 0)
         at = np.where(closed, 0, at)[np.add.accumulate(stops)[last] - 1]
         part = at / np.append(np.broadcast_to(self.widths, at[:, :-1].shape), plain[last][:, None] + 1, axis=1)
-        rounds = done.sum(axis=0) + (part - self.part[mine]).sum(axis=0) + self.ended
+        counted = np.minimum(self.part[mine], self.at[mine] / widths[fresh[start]])  # a longer plan counts anew
+        rounds = done.sum(axis=0) + (part - counted).sum(axis=0) + self.ended
         self.at[mine], self.part[mine] = at, part
         self.ended = np.zeros_like(self.ended)
         self.reset([SCRATCH])

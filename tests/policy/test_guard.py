@@ -12,10 +12,9 @@ LADDER = (0, 1, 3)
 
 
 def feed(guard: Guard, tokens: float, seconds: float, shadow: list[float], costs: list[float]) -> None:
-    """One step; the policy without confidence is no rival here: ten times the longest length's time."""
-    guard.observe(
-        np.array([tokens]), np.array([seconds]), np.array([[*shadow, shadow[-1]]]), np.array([[*costs, 10 * costs[-1]]])
-    )
+    """One step, and what rounds of every length keep and cost; the policy without confidence is no rival here."""
+    needed = [tokens / kept * cost for kept, cost in zip(shadow, costs, strict=True)]
+    guard.observe(1, seconds, np.array([*needed, 10 * max(needed)]))
 
 
 def test_a_policy_that_loses_to_no_speculation_is_replaced_by_it() -> None:
@@ -34,7 +33,7 @@ def test_a_policy_that_wins_is_left_alone() -> None:
     assert guard.trips == 0
 
 
-def test_holding_moves_down_when_the_shorter_length_is_better() -> None:
+def test_holding_moves_to_the_length_that_has_become_better() -> None:
     guard = Guard(LADDER)
     for _ in range(30):
         feed(guard, 1.0, 1.5, [1.0, 1.15, 1.15], [1.0, 1.1, 1.3])
@@ -49,12 +48,7 @@ def test_judging_that_does_not_pay_is_dropped_for_plain_drafting_and_tried_again
     held = 0
     for _ in range(200):
         judged = guard.fallback == POLICY
-        guard.observe(
-            np.array([2.0]),
-            np.array([1.2 if judged else 1.1]),
-            np.array([[1.0, 1.6, 1.8, 2.0]]),
-            np.array([[1.0, 1.1, 1.3, 1.1]]),
-        )
+        guard.observe(1, 1.2 if judged else 1.1, np.array([2.0, 1.38, 1.44, 1.1]))
         held += guard.fallback == PLAIN
     assert held > 120
     assert 2 <= guard.trips <= 4
