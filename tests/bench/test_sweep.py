@@ -66,18 +66,22 @@ def small(tmp_path: Path) -> tuple[Path, ...]:
 TIMES = re.compile(r"_s$|seconds|_at$|_ms$|^(ratio|low|high|p|mde|warmup|flags|git|NWOR_TEST_PAUSE_S)$")
 
 
-def timeless(value: Any) -> Any:
-    """A record without what no second run can repeat; whether a time is known stays."""
-    if isinstance(value, dict):
-        return {k: value[k] is None if TIMES.search(k) else timeless(value[k]) for k in value}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
+def timeless(value: Any, at: str) -> dict[str, Any]:
+    """Path -> leaf of a record, without what no second run can repeat; whether a time is known stays."""
+    if not isinstance(value, dict | list):
+        return {at: value}
+    out = {} if value else {at: value}
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        path = f"{at}.{key}"
+        out |= {path: inner is None} if TIMES.search(str(key)) else timeless(inner, path)
+    return out
 
 
 def shape(out: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(out.glob("*.json")):
         assert record.read(path).status == "done"
-        found[path.name] = timeless(json.loads(path.read_text(encoding="utf-8")))
+        found |= timeless(json.loads(path.read_text(encoding="utf-8")), path.name)
         assert {p.name for p in path.with_suffix("").iterdir()} >= {"metrics.json", "responses.jsonl", "config.yaml"}
     assert not list(out.rglob("*.partial"))
     return found
@@ -104,7 +108,7 @@ def test_each_engine_has_devices_of_its_own_and_a_second_sweep_runs_nothing(
     out = swept(start(scripted, tmp_path / "a", "--devices", "4,5", grids=small))
     assert sorted(re.findall(r"scripted engine on (\S+)", out)) == ["4", "5"]
     assert "6/6 runs ended" in out
-    assert len(shape(tmp_path / "a" / "sweeps" / "small")) == 6
+    assert len({path.partition(".json")[0] for path in shape(tmp_path / "a" / "sweeps" / "small")}) == 6
     again = swept(start(scripted, tmp_path / "a", grids=small))
     assert "0 engines to start for 0 runs" in again
     assert "scripted engine" not in again
