@@ -3,7 +3,7 @@
     python benchmarks/elastic_vs_fixed.py --target wide --workloads mixed code --concurrency 1 16 --blocks 6
 
 All arms run in one process, interleaved: a block runs every arm once on the same prompts, in an order that is reversed
-in the next block. The drafting arms share one engine and are switched live; an arm's policy goes on where it stopped.
+in the next block. Many small blocks are better than few large ones: a machine's speed drifts over seconds. The drafting arms share one engine and are switched live; an arm's policy goes on where it stopped.
 No speculation and vLLM's table have engines of their own, without the plugin. Requests keep `--concurrency` in flight.
 
 The best fixed length is chosen in hindsight on the very blocks it is judged by, which favours it. Results are kept cell
@@ -30,7 +30,7 @@ from nwor_vllm import zoo
 from nwor_vllm.bench import provenance, record, stats
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
-VERSION = 1
+VERSION = 2
 LENGTHS = (1, 2, 3, 5, 8, 10, 15)
 LADDER = (0, *LENGTHS)
 TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
@@ -125,14 +125,10 @@ class Engines:
         self.learnt, self.current = {}, ""
 
 
-def texts(workload: str, requests: int, seed: int) -> list[str]:
-    """Distinct prompts of one block. The regime switches from code to creative halfway."""
-    if workload == SWITCH:
-        half = requests // 2
-        rows = zoo.prompts("code", requests - half, seed) + zoo.prompts("creative", half, seed)
-    else:
-        rows = zoo.prompts("all" if workload == "mixed" else workload, requests, seed)
-    return [row["prompt"] for row in rows]
+def texts(workload: str, requests: int, seed: int, late: bool) -> list[str]:
+    """Distinct prompts of one block. The regime switches from code to creative in the middle of the cell."""
+    domain = {SWITCH: "creative" if late else "code", "mixed": "all"}.get(workload, workload)
+    return [row["prompt"] for row in zoo.prompts(domain, requests, seed)]
 
 
 def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurrency: int, tag: str) -> tuple[float, int]:
@@ -163,7 +159,7 @@ def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None
             engines.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
-            for text in texts(cell["workload"], cell["requests"], seed)
+            for text in texts(cell["workload"], cell["requests"], seed, 2 * block >= cell["blocks"])
         ]
         params = [
             engines.sampling(temperature=cell["temperature"], max_tokens=cell["max_tokens"], seed=seed * 64 + i)
