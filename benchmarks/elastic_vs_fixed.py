@@ -3,8 +3,9 @@
     python benchmarks/elastic_vs_fixed.py --target wide --workloads mixed code --concurrency 1 16 --blocks 6
 
 All arms run in one process, interleaved: a block runs every arm once on the same prompts, in an order that is reversed
-in the next block. Many small blocks are better than few large ones: a machine's speed drifts over seconds. The drafting arms share one engine and are switched live; an arm's policy goes on where it stopped.
-No speculation and vLLM's table have engines of their own, without the plugin. Requests keep `--concurrency` in flight.
+in the next block. Many small blocks are better than few large ones: a machine's speed drifts over seconds. The drafting
+arms share one engine and are switched live; an arm's policy goes on where it stopped. No speculation and vLLM's table
+have engines of their own, without the plugin. Requests keep `--concurrency` in flight.
 
 The best fixed length is chosen in hindsight on the very blocks it is judged by, which favours it. Results are kept cell
 by cell in --out: a second call goes on where the first stopped.
@@ -250,8 +251,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=everything, choices=everything, metavar="NAME")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
-    parser.add_argument("--blocks", type=int, default=6, help="paired blocks a cell; an even number")
-    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 8, or 2 for each in flight")
+    parser.add_argument("--blocks", type=int, default=24, help="paired blocks a cell; an even number")
+    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 2 for each in flight")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic_vs_fixed.json"))
@@ -271,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
     cells = [
         {
             "workload": workload, "temperature": temperature, "concurrency": concurrency, "blocks": args.blocks,
-            "requests": args.requests or max(8, 2 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
+            "requests": args.requests or 2 * concurrency, "max_tokens": args.max_tokens, "seed": args.seed,
         }
         for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
     ]  # fmt: skip

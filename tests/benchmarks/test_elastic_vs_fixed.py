@@ -55,9 +55,8 @@ def test_every_fixed_arm_is_on_the_ladder(headline: Any) -> None:
 
 
 def test_the_regime_really_switches(headline: Any) -> None:
-    first, second = headline.texts(headline.SWITCH, 8, 1)[:4], headline.texts(headline.SWITCH, 8, 1)[4:]
-    assert first == headline.texts("code", 8, 1)[:4]
-    assert second == headline.texts("creative", 8, 1)[:4]
+    assert headline.texts(headline.SWITCH, 8, 1, late=False) == headline.texts("code", 8, 1, late=True)
+    assert headline.texts(headline.SWITCH, 8, 1, late=True) == headline.texts("creative", 8, 1, late=False)
 
 
 def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
