@@ -126,10 +126,12 @@ class Engines:
         self.learnt, self.current = {}, ""
 
 
-def texts(workload: str, requests: int, seed: int, late: bool) -> list[str]:
-    """Distinct prompts of one block. The regime switches from code to creative in the middle of the cell."""
-    domain = {SWITCH: "creative" if late else "code", "mixed": "all"}.get(workload, workload)
-    return [row["prompt"] for row in zoo.prompts(domain, requests, seed)]
+def texts(workload: str, requests: int, seed: int, block: int, blocks: int) -> list[str]:
+    """Distinct prompts of a block, of -1 to `blocks`. Mixed domains take turns; the regime switches from code to creative
+    in the middle of the cell."""
+    domain = {SWITCH: "creative" if 2 * block >= blocks else "code", "mixed": "all"}.get(workload, workload)
+    rows = zoo.prompts(domain, requests * (blocks + 1), seed)
+    return [row["prompt"] for row in rows[requests * (block + 1) : requests * (block + 2)]]
 
 
 def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurrency: int, tag: str) -> tuple[float, int]:
@@ -160,7 +162,7 @@ def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None
             engines.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
-            for text in texts(cell["workload"], cell["requests"], seed, 2 * block >= cell["blocks"])
+            for text in texts(cell["workload"], cell["requests"], cell["seed"], block, cell["blocks"])
         ]
         params = [
             engines.sampling(temperature=cell["temperature"], max_tokens=cell["max_tokens"], seed=seed * 64 + i)
@@ -251,8 +253,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=everything, choices=everything, metavar="NAME")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
-    parser.add_argument("--blocks", type=int, default=24, help="paired blocks a cell; an even number")
-    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 2 for each in flight")
+    parser.add_argument("--blocks", type=int, default=12, help="paired blocks a cell; an even number")
+    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 4, or 2 for each in flight")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic_vs_fixed.json"))
@@ -272,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
     cells = [
         {
             "workload": workload, "temperature": temperature, "concurrency": concurrency, "blocks": args.blocks,
-            "requests": args.requests or 2 * concurrency, "max_tokens": args.max_tokens, "seed": args.seed,
+            "requests": args.requests or max(4, 2 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
         }
         for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
     ]  # fmt: skip

@@ -135,8 +135,9 @@ class Goodput:
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:
             return {}
-        limit = (survival[:, :k] >= price).sum(axis=1)
-        return {requests[i]: int(limit[i]) for i in np.flatnonzero(limit < k)}
+        limit = np.add.reduce(survival[:, :k] >= price, axis=1, dtype=np.int64)
+        short = np.flatnonzero(limit < k)
+        return dict(zip([requests[i] for i in short.tolist()], limit[short].tolist(), strict=True))
 
     def _rows(self, requests: Sequence[str]) -> Ints:
         rows, fresh = self.slots.rows(requests)

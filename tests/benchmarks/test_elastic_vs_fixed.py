@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nwor_vllm import zoo
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "elastic_vs_fixed.py"
@@ -54,9 +55,15 @@ def test_every_fixed_arm_is_on_the_ladder(headline: Any) -> None:
             assert headline.setting(arm)["policy_params"]["k"] in headline.LADDER
 
 
-def test_the_regime_really_switches(headline: Any) -> None:
-    assert headline.texts(headline.SWITCH, 8, 1, late=False) == headline.texts("code", 8, 1, late=True)
-    assert headline.texts(headline.SWITCH, 8, 1, late=True) == headline.texts("creative", 8, 1, late=False)
+def test_the_regime_switches_in_the_middle(headline: Any) -> None:
+    found = [headline.texts(headline.SWITCH, 2, 1, block, 4) for block in range(-1, 4)]
+    assert found[:3] == [headline.texts("code", 2, 1, block, 4) for block in (-1, 0, 1)]
+    assert found[3:] == [headline.texts("creative", 2, 1, block, 4) for block in (2, 3)]
+
+
+def test_small_blocks_together_are_mixed(headline: Any) -> None:
+    blocks = [headline.texts("mixed", 2, 1, block, 7) for block in range(-1, 7)]
+    assert sorted(sum(blocks, [])) == sorted(row["prompt"] for row in zoo.prompts("all", 16, 1))
 
 
 def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
