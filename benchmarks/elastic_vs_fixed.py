@@ -127,8 +127,8 @@ class Engines:
 
 
 def texts(workload: str, requests: int, seed: int, block: int, blocks: int) -> list[str]:
-    """Distinct prompts of a block, of -1 to `blocks`. Mixed domains take turns; the regime switches from code to creative
-    in the middle of the cell."""
+    """Distinct prompts of a block, -1 the first. Mixed domains take turns; the regime switches from code to creative in
+    the middle of the cell."""
     domain = {SWITCH: "creative" if 2 * block >= blocks else "code", "mixed": "all"}.get(workload, workload)
     rows = zoo.prompts(domain, requests * (blocks + 1), seed)
     return [row["prompt"] for row in rows[requests * (block + 1) : requests * (block + 2)]]

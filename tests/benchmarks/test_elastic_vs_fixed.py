@@ -62,8 +62,8 @@ def test_the_regime_switches_in_the_middle(headline: Any) -> None:
 
 
 def test_small_blocks_together_are_mixed(headline: Any) -> None:
-    blocks = [headline.texts("mixed", 2, 1, block, 7) for block in range(-1, 7)]
-    assert sorted(sum(blocks, [])) == sorted(row["prompt"] for row in zoo.prompts("all", 16, 1))
+    seen = [text for block in range(-1, 7) for text in headline.texts("mixed", 2, 1, block, 7)]
+    assert sorted(seen) == sorted(row["prompt"] for row in zoo.prompts("all", 16, 1))
 
 
 def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
