@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from nwor_vllm.policy.base import Plan, Round, Step
 from nwor_vllm.policy.cost import Timed
 from nwor_vllm.policy.stop import Floats, Ints
+
+MOST_ROUNDS = 256  # of whole steps learnt from in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,22 @@ class Seen:
     def timed(self) -> Timed:
         s = self.step
         return Timed(s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds)
+
+
+def thinned(seen: Sequence[Seen], row: Mapping[str, int]) -> tuple[Sequence[Seen], int]:
+    """The newest steps whole, and of older ones those requests whose row is a multiple of the stride: a sample says as
+    much as all of them, but what follows a request from round to round must not miss one."""
+    total = sum([len(s.step.rounds) for s in seen])
+    stride = -(-total // MOST_ROUNDS)
+    kept: list[Seen] = []
+    for s in reversed(seen):
+        rounds = s.step.rounds
+        if stride > 1 and kept and sum([len(k.step.rounds) for k in kept]) + len(rounds) > MOST_ROUNDS:
+            rounds = [r for r in rounds if row.get(r.request_id, 0) % stride == 0]
+            s = replace(s, step=replace(s.step, rounds=rounds))
+        if rounds:
+            kept.append(s)
+    return kept[::-1], stride
 
 
 class Batch:

@@ -20,7 +20,7 @@ from nwor_vllm.errors import ConfigError
 from nwor_vllm.policy.base import Plan, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
 from nwor_vllm.policy.cost import Cost
-from nwor_vllm.policy.evidence import Batch, Seen
+from nwor_vllm.policy.evidence import Batch, Seen, thinned
 from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
 from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.shadow import Walkers, compare, rounds_of
@@ -35,7 +35,6 @@ PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  #
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 FEW = 48  # requests whose common depth differs from step to step
-MOST_ROUNDS = 256  # learnt from in one go; a sample of the steps says as much as all of them
 
 
 @dataclass(frozen=True)
@@ -225,13 +224,11 @@ class Goodput:
         seen, self._pending, self._decided = self._pending, [], None
         self.cost.observe([s.timed() for s in seen if not s.step.prefill_tokens])
         drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
-        while len(drafting) > 1 and sum(len(s.step.rounds) for s in drafting) > MOST_ROUNDS:
-            drafting.pop(0)
         self.guard.idle(len(seen) - len(drafting))
         if drafting and self.k_max:
-            self._learn_rounds(drafting)
+            self._learn_rounds(*thinned(drafting, self.slots.row))
 
-    def _learn_rounds(self, seen: list[Seen]) -> None:
+    def _learn_rounds(self, seen: list[Seen], stride: int) -> None:
         batch = Batch(seen, self.k_max)
         rows = self.slots.known(batch.ids)
         groups, history = Groups(rows), self.survival.hazards(rows)
@@ -246,7 +243,7 @@ class Goodput:
             self._learn_price(seen[-1].step, batch.starts[-2], predicted, batch)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
-        self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft))
+        self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft, stride))
 
     def _learn_price(self, step: Step, start: int, predicted: Floats, batch: Batch) -> None:
         """The survival that a judged slot must have: the threshold that would have served the last step best."""

@@ -128,13 +128,21 @@ class Walkers:
         self._gain()
 
 
-def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft: Floats) -> Floats:
-    """Rounds of every alternative for each one that was run. `soft` is the calibrated confidence of what cut a row."""
+def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft: Floats, stride: int = 1) -> Floats:
+    """Rounds of every alternative for each one that was run, of requests whose row is a multiple of `stride`. `soft` is
+    the calibrated confidence of what cut a row."""
     verified, accepted, index = batch.verified, batch.accepted, np.arange(history.shape[1])
     beyond = history[batch.every, np.minimum(verified, len(index) - 1)]
     beyond = np.where(np.isnan(soft), beyond, soft)
     hard = np.where(accepted < verified, 1.0, np.minimum(1.0 - beyond, 0.999))
-    rounds = walkers.walk(rows, accepted + 1, hard, batch.plain)
+    plain = batch.plain
+    if stride > 1:
+        mine = np.flatnonzero(rows % stride == 0)
+        if not len(mine):
+            return np.ones(walkers.at.shape[1])
+        rows, accepted, verified, hard, plain = rows[mine], accepted[mine], verified[mine], hard[mine], plain[mine]
+        history, beyond = history[mine], beyond[mine]
+    rounds = walkers.walk(rows, accepted + 1, hard, plain)
     # Known up to the first rejection, expected beyond a cut.
     cut = (accepted == verified)[:, None] & (index >= verified[:, None])
     chance = np.where(cut, history, 1.0)

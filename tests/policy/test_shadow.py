@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nwor_vllm.policy import Plan, Round, Step, make_policy
+from nwor_vllm.policy.evidence import Seen, thinned
 from nwor_vllm.policy.goodput import Goodput, GoodputParams
 from nwor_vllm.policy.shadow import Walkers
 
@@ -97,3 +98,16 @@ def test_of_two_lengths_that_need_the_same_rounds_the_shorter_is_chosen() -> Non
     policy = served([False] * 7 + [True], 5, 400)
     policy.visit = 10**9
     assert policy.plan(["a"]).k in (3, 8)
+
+
+def test_of_many_requests_some_are_followed_without_a_gap() -> None:
+    ids = [f"r{i}" for i in range(100)]
+    row = {name: i + 1 for i, name in enumerate(ids)}
+    step = Step([Round(name, 2, 2, 1) for name in ids], 2, 2, 1.0, 100, 300)
+    seen = [Seen(step, Plan(2), Plan(2))] * 16
+    kept, stride = thinned(seen, row)
+    assert stride == 7
+    assert [len(s.step.rounds) for s in kept] == [14] * 14 + [100] * 2
+    assert all({row[r.request_id] % stride for r in s.step.rounds} == {0} for s in kept[:14])
+    few, one = thinned(seen[:2], row)
+    assert (list(few), one) == (seen[:2], 1)
