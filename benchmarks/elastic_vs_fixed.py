@@ -5,7 +5,7 @@
 All arms run in one process, interleaved: a block runs every arm once on the same prompts, in an order that is reversed
 in the next block. Many small blocks are better than few large ones: a machine's speed drifts over seconds. The drafting
 arms share one engine and are switched live; an arm's policy goes on where it stopped. No speculation and vLLM's table
-have engines of their own, without the plugin. Requests keep `--concurrency` in flight.
+have engines of their own, without the plugin. The clock runs while `--concurrency` requests are in flight.
 
 The best fixed length is chosen in hindsight on the very blocks it is judged by, which favours it. Results are kept cell
 by cell in --out: a second call goes on where the first stopped.
@@ -31,7 +31,7 @@ from nwor_vllm import zoo
 from nwor_vllm.bench import provenance, record, stats
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
-VERSION = 2
+VERSION = 3
 LENGTHS = (1, 2, 3, 5, 8, 10, 15)
 LADDER = (0, *LENGTHS)
 TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
@@ -135,20 +135,27 @@ def texts(workload: str, requests: int, seed: int, block: int, blocks: int) -> l
 
 
 def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurrency: int, tag: str) -> tuple[float, int]:
-    """Seconds and output tokens with `concurrency` requests in flight throughout."""
-    engine, waiting, flying, tokens = llm.llm_engine, list(enumerate(zip(prompts, params, strict=True))), 0, 0
+    """Seconds and output tokens while `concurrency` requests are in flight. What is left when no next one can take the
+    place of one that ended is aborted: how a batch drains says who is served evenly, not who is served fast."""
+    engine, waiting, flying = llm.llm_engine, list(enumerate(zip(prompts, params, strict=True))), set[str]()
+    tokens: dict[str, int] = {}
     waiting.reverse()
+    full = min(concurrency, len(waiting))
     started = time.perf_counter()
-    while waiting or flying:
-        while waiting and flying < concurrency:
+    while waiting or len(flying) == full:
+        while waiting and len(flying) < full:
             index, (prompt, sampling) = waiting.pop()
+            flying.add(f"{tag}-{index}")
             engine.add_request(f"{tag}-{index}", {"prompt_token_ids": prompt}, sampling)
-            flying += 1
         for output in engine.step():
+            tokens[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished:
-                flying -= 1
-                tokens += len(output.outputs[0].token_ids)
-    return time.perf_counter() - started, tokens
+                flying.remove(output.request_id)
+    seconds = time.perf_counter() - started
+    engine.abort_request(sorted(flying))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return seconds, sum(tokens.values())
 
 
 def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
     parser.add_argument("--blocks", type=int, default=12, help="paired blocks a cell; an even number")
-    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 4, or 2 for each in flight")
+    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 4, or 3 for each in flight")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic_vs_fixed.json"))
@@ -274,7 +281,7 @@ def main(argv: Sequence[str]) -> int:
     cells = [
         {
             "workload": workload, "temperature": temperature, "concurrency": concurrency, "blocks": args.blocks,
-            "requests": args.requests or max(4, 2 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
+            "requests": args.requests or max(4, 3 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
         }
         for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
     ]  # fmt: skip
