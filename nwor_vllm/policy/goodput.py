@@ -35,6 +35,10 @@ PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  #
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 FEW = 48  # requests whose common depth differs from step to step
+SCALARS = (
+    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "rate", "ratio",
+    "price",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Goodput:
         self._plain: Plan = Plan(0)
         self._decided: tuple[list[str], Plan, Plan] | None = None  # for whom, with and without confidence
         self._pending: list[Seen] = []
+        self._over: list[str] = []  # requests that have ended and whose last rounds are still to be learnt from
 
     # Deciding
 
@@ -139,6 +144,8 @@ class Goodput:
         return dict(zip([requests[i] for i in short.tolist()], limit[short].tolist(), strict=True))
 
     def _rows(self, requests: Sequence[str]) -> Ints:
+        if self._over and not set(self._over).isdisjoint(requests):  # a name that is used again
+            self._learn()
         rows, fresh = self.slots.rows(requests)
         if fresh:
             for kept in (self.survival.effects, self.calibration.effects, self.walkers):
@@ -227,6 +234,7 @@ class Goodput:
         self.guard.idle(len(seen) - len(drafting))
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
+        self._let_go()
 
     def _learn_rounds(self, seen: list[Seen], stride: int) -> None:
         batch = Batch(seen, self.k_max)
@@ -293,11 +301,16 @@ class Goodput:
         self.cost.seed(rows)
 
     def forget(self, request_id: str) -> None:
-        if self._pending:
-            self._learn()
-        row = self.slots.forget(request_id)
-        if row is not None:
-            self.walkers.end(row)
+        self._over.append(request_id)
+        if not self._pending:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for request_id in self._over:
+            row = self.slots.forget(request_id)
+            if row is not None:
+                self.walkers.end(row)
+        self._over = []
 
     # State
 
@@ -305,24 +318,11 @@ class Goodput:
         if self._pending:
             self._learn()
         self._decided = None
-        scalars = (
-            "steps",
-            "sees_confidence",
-            "honoured",
-            "idle",
-            "idle_wait",
-            "visit",
-            "visit_wait",
-            "visits",
-            "rate",
-            "ratio",
-            "price",
-        )
         parts = ("slots", "cost", "guard", "survival", "calibration", "walkers")
-        return {name: getattr(self, name) for name in scalars} | {p: getattr(self, p).snapshot() for p in parts}
+        return {name: getattr(self, name) for name in SCALARS} | {p: getattr(self, p).snapshot() for p in parts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._pending, self._decided = [], None
+        self._pending, self._over, self._decided = [], [], None
         for name, value in state.items():
             part = getattr(self, name)
             if hasattr(part, "restore"):

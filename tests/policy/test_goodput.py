@@ -82,5 +82,17 @@ def test_forgotten_requests_leave_nothing_behind() -> None:
         policy.plan([f"r{i}", f"r{i + 1}"])
         policy.observe(Step([Round(f"r{i}", 2, 2, 1)], 2, 2, 1.0, 1, 3))
         policy.forget(f"r{i}")
-    assert set(policy.slots.row) == {"r500"}
     assert policy.slots.size == 64
+    policy.snapshot()  # learns what is left
+    assert set(policy.slots.row) == {"r500"}
+
+
+def test_a_name_used_again_is_a_new_request() -> None:
+    policy = build(confidence=False)
+    for _ in range(100):
+        policy.plan(["a", "b"])
+        policy.observe(Step([Round("a", 2, 2, 0), Round("b", 2, 2, 2)], 2, 2, 1.0, 2, 6))
+    assert policy.survival.effects.mean[policy.slots.row["a"]] < -0.3
+    policy.forget("a")
+    policy.plan(["a", "b"])
+    assert policy.survival.effects.mean[policy.slots.row["a"]] == 0.0
