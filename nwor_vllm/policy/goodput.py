@@ -302,6 +302,7 @@ class Goodput:
 
     def forget(self, request_id: str) -> None:
         self._over.append(request_id)
+        self._decided = None
         if not self._pending:
             self._let_go()
 
