@@ -28,6 +28,7 @@ from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 
 MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
+RETRY = 4  # after a visit that came with prefill
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
 LEARN_EVERY = 16  # at most
@@ -83,7 +84,7 @@ class Goodput:
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self.near_zero = True  # not to draft may be the best there is
+        self._visiting = False
         self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
@@ -161,7 +162,6 @@ class Goodput:
         rates = (n + full) / seconds
         self._own = self.ladder[int(rates.argmax())]
         rates *= self.walkers.gain
-        self.near_zero = bool(rates[0] > 0.6 * rates.max())
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
         if not self.params.per_request or n == 1 or k == 0:
@@ -204,22 +204,25 @@ class Goodput:
             return self._visit(k)
         return None
 
-    def _visit(self, k: int) -> int | None:
-        """None, one rung shorter, one longer, in turn, rarer and rarer: their cost is not believed unseen for ever."""
+    def _visit(self, k: int) -> int:
+        """One rung shorter, one longer, none, in turn, rarer and rarer: their cost is not believed unseen for ever."""
         here = self.ladder.index(k)
+        turns = (max(0, here - 1), min(here + 1, len(self.ladder) - 1), 0)
+        turn = self.visits % len(turns)
         self.visit = self.steps + self.visit_wait
-        turn = self.visits % 3
         self.visits += 1
-        if self.visits % 3 == 0:
+        if turn == len(turns) - 1:
             self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
-        if turn == 2:
-            return self.ladder[0] if self.near_zero or self.visits == 6 else None
-        return self.ladder[max(0, here - 1) if turn == 0 else min(here + 1, len(self.ladder) - 1)]
+        self._visiting = True
+        return self.ladder[turns[turn]]
 
     # Learning
 
     def observe(self, step: Step) -> None:
         self.steps += 1
+        if self._visiting and step.prefill_tokens:  # that has taught nothing of the cost
+            self.visits, self.visit = self.visits - 1, self.steps + RETRY
+        self._visiting = False
         if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
         self._pending.append(Seen(step, self._last, self._plain))
