@@ -24,7 +24,7 @@ PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.
 SIZE = len(PRIOR_SHARES)
 DRAFT, DRAFT_REQUEST, JUDGED, JUDGED_REQUEST, TOKENS = 2, 3, 6, 7, 8  # places in the vectors
 # The prior's standard deviation over the weight: judging and tokens cost next to nothing on a GPU, much on a CPU.
-PRIOR_WIDTH = np.array([1.0] * JUDGED + [5.0] * (SIZE - JUDGED))
+PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
 PRIOR_WIDTH[4] = 10.0  # steps without any draft take another path, on some engines a much shorter one
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence

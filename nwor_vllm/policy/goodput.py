@@ -37,8 +37,8 @@ SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 FEW = 48  # requests whose common depth differs from step to step
 SCALARS = (
-    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "rate", "ratio",
-    "price",
+    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "visiting", "twice", "rate",
+    "ratio", "price",
 )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class Goodput:
         self.idle, self.idle_wait = 0, params.probe_interval
         self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self._visiting = False
+        self.visiting = self.twice = False
         self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
@@ -114,8 +114,7 @@ class Goodput:
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
         """The plan that uses the drafter's confidence, and the one that does without."""
-        rows = self._rows(requests)
-        n = len(rows)
+        n = len(rows := self._rows(requests))
         survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
         k, rate, price = self._best(n, survival, context)
         self.rate = rate * self.ratio
@@ -200,6 +199,9 @@ class Goodput:
                 return next((r for r in self.ladder if r >= PROBE_K), self.k_max)
             return None
         self.idle, self.idle_wait = 0, self.params.probe_interval
+        if self.twice:  # the first step without drafts still verified those of the step before
+            self.twice = False
+            return 0
         if self.steps >= self.visit:
             return self._visit(k)
         return None
@@ -213,16 +215,16 @@ class Goodput:
         self.visits += 1
         if turn == len(turns) - 1:
             self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
-        self._visiting = True
+        self.visiting, self.twice = True, turns[turn] == 0
         return self.ladder[turns[turn]]
 
     # Learning
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        if self._visiting and step.prefill_tokens:  # that has taught nothing of the cost
+        if self.visiting and step.prefill_tokens:  # that has taught nothing of the cost
             self.visits, self.visit = self.visits - 1, self.steps + RETRY
-        self._visiting = False
+        self.visiting = False
         if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
         self._pending.append(Seen(step, self._last, self._plain))
