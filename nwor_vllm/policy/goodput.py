@@ -37,8 +37,8 @@ SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 FEW = 48  # requests whose common depth differs from step to step
 SCALARS = (
-    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "visiting", "twice", "rate",
-    "ratio", "price",
+    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "visiting", "twice",
+    "rate", "ratio", "price",
 )  # fmt: skip
 
 
