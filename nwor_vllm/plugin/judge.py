@@ -7,13 +7,11 @@ and plain Python judges. On a device nothing waits: the kernels judge in static 
 from __future__ import annotations
 
 import math
-
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nwor_vllm import kernels
 from nwor_vllm.policy import StopRule

@@ -241,7 +241,7 @@ class Goodput:
             self._learn_rounds(*thinned(drafting, self.slots.row))
         self._let_go()
 
-    def _learn_rounds(self, seen: list[Seen], stride: int) -> None:
+    def _learn_rounds(self, seen: Sequence[Seen], stride: int) -> None:
         batch = Batch(seen, self.k_max)
         rows = self.slots.known(batch.ids)
         groups, history = Groups(rows), self.survival.hazards(rows)
@@ -286,7 +286,7 @@ class Goodput:
             if steps < step.k:
                 self.honoured *= 0.8
 
-    def _compare(self, seen: list[Seen], batch: Batch, share: Floats) -> None:
+    def _compare(self, seen: Sequence[Seen], batch: Batch, share: Floats) -> None:
         """Feed the guard: what these steps took, and what every alternative would have for the same text."""
         if not self.cost.known:
             return
