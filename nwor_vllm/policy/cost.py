@@ -122,7 +122,7 @@ class Cost:
             self.prior = PRIOR_SHARES * statistics.median(self.scales)
         if not self.seen:
             self.weights = self.prior.copy()
-        expected = x @ self.weights
+        expected = np.maximum(x @ self.weights, SHORTEST)
         ratio = np.log(np.maximum(seconds, 1e-12) / expected)
         for wrong in np.abs(ratio - np.log(self._corrections(requests, verified))).tolist():
             small = min(wrong, 1.0)

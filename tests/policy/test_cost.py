@@ -76,3 +76,11 @@ def test_judging_is_told_from_drafting_by_steps_without_it() -> None:
         cost.observe([Timed(1, 1 + k, k, k * judged, 0, seconds * math.exp(0.03 * rng.normal()))])
     plain, judged = cost.predict(1, np.full(2, 6.0), np.full(2, 5.0), 0.0, np.array([0.0, 5.0]))
     assert judged - plain == pytest.approx(5 * 3e-4, rel=0.25)
+
+
+def test_a_kind_of_step_that_was_believed_free_is_learnt_all_the_same() -> None:
+    cost = Cost()
+    for draft_steps, seconds in ((1, 1e-4), (1, 1.0), (0, 1.0)):
+        cost.observe([Timed(1, 0, draft_steps, 0, 0, seconds)])
+    assert np.isfinite(cost.weights).all()
+    assert np.isfinite(cost.predict(1, np.array([1.0, 4.0]), np.array([0.0, 3.0]))).all()
