@@ -210,13 +210,13 @@ class Goodput:
         """One rung shorter, one longer, none, in turn, rarer and rarer: their cost is not believed unseen for ever."""
         here = self.ladder.index(k)
         turns = (max(0, here - 1), min(here + 1, len(self.ladder) - 1), 0)
-        turn = self.visits % len(turns)
-        self.visit = self.steps + self.visit_wait
+        turn, self.visit = self.visits % len(turns), self.steps + self.visit_wait
         self.visits += 1
         if turn == len(turns) - 1:
             self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
-        self.visiting, self.twice = True, turns[turn] == 0
-        return self.ladder[turns[turn]]
+        length = self.ladder[turns[turn]]
+        self.visiting, self.twice = True, length == 0
+        return length
 
     # Learning
 

@@ -96,3 +96,8 @@ def test_a_name_used_again_is_a_new_request() -> None:
     policy.forget("a")
     policy.plan(["a", "b"])
     assert policy.survival.effects.mean[policy.slots.row["a"]] == 0.0
+
+
+def test_a_ladder_without_zero_is_kept_to(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), make_policy("goodput", None, (1, 3, 5))
+    assert {step_once(policy, ["a"], [[0.5] * 5], rng).k for _ in range(200)} <= {1, 3, 5}
