@@ -262,4 +262,8 @@ def test_on_ray_the_records_are_those_of_this_machine(
     out = "".join(lines) + swept(process)
     assert "6/6 runs ended" in out
     assert ("was lost on" in out) == (killed != "nobody")
-    assert shape(folder / "sweeps" / "small") == local[1]
+    found, expected = shape(folder / "sweeps" / "small"), local[1]
+    if killed != "nobody":
+        # A panel cut after one of its records is measured again for the other: the same arms, that one's first.
+        found, expected = ({k: v for k, v in of.items() if not k.endswith(".position")} for of in (found, expected))
+    assert found == expected
