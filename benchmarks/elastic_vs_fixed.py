@@ -31,7 +31,7 @@ from nwor_vllm import zoo
 from nwor_vllm.bench import provenance, record, stats
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
-VERSION = 3
+VERSION = 4
 LENGTHS = (1, 2, 3, 5, 8, 10, 15)
 LADDER = (0, *LENGTHS)
 TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
@@ -96,6 +96,15 @@ class Engines:
         self.tokenizer = self.plain.get_tokenizer()
         self.learnt: dict[str, Any] = {}
         self.current = ""
+        for llm in (self.plain, self.table, self.elastic):
+            self._warm(llm, min(max_num_seqs * (max(LENGTHS) + 1), 500))
+
+    def _warm(self, llm: Any, most: int) -> None:
+        """One step of every size. oneDNN compiles for each, longer than a step of a small model takes: a server does
+        so once, a measurement of seconds would do little else."""
+        params = self.sampling(temperature=0.0, max_tokens=1)
+        for rows in range(1, most + 1):
+            llm.generate({"prompt_token_ids": [1] * rows}, params, use_tqdm=False)
 
     def of(self, arm: str) -> Any:
         from nwor_vllm.plugin import control
@@ -272,6 +281,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # made for one engine, and here are three
     fresh = {
         "version": VERSION, "command": shlex.join(["python", "benchmarks/elastic_vs_fixed.py", *argv]),
         "target": args.target, "drafter": args.drafter, "table": TABLE, "code": provenance.code(),

@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     if min(args.concurrency) < 1 or args.rounds < 1:
         raise ConfigError("--concurrency and --rounds are counts; expected whole numbers from 1 up")
     target, drafter, method = args.target or "zoo:target", args.drafter or "zoo:eagle", args.method or "eagle"
-    out = args.output or Path("cost.json")
+    out, environment = args.output or Path("cost.json"), provenance.environment(os.environ)  # vLLM adds to it
     samples = measure(target, method, drafter, sorted(set(args.concurrency)), args.rounds, args.dtype)
     about = {
         "target": target, "drafter": drafter, "method": method, "dtype": args.dtype, "rounds": args.rounds,
         "steps": sum(map(len, samples.values())), "load_average": os.getloadavg()[0],
         "command": shlex.join(["nwor", *sys.argv[1:]]), "hardware": provenance.hardware(),
         "versions": provenance.versions(), "git": provenance.git()["sha"],
-        "environment": provenance.environment(os.environ),
+        "environment": environment,
     }  # fmt: skip
     table = rows(samples)
     profile.write(table, about, out)

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -48,6 +49,7 @@ _BOUNDARIES = "vllm.v1.core.kv_cache_coordinator:replay_boundaries"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _SEVERAL_SERVERS = "prometheus_client.multiprocess:MultiProcessCollector.collect"
+CPU_KERNELS = "16384"  # oneDNN's, kept at a time
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _V2_DRAFTING = "vllm.v1.worker.gpu.spec_decode"
 _V2_DEPENDENT = f"{_V2_DRAFTING}.target_dependent_ar.speculator:TargetDependentARSpeculator"
@@ -280,6 +282,13 @@ def fix_cpu_expand() -> bool:
     if patch.target in _applied and name in dispatcher._registry:  # registered before us: replace it where it is used
         dispatcher.register_kernels({name: resolve(patch.target)[2]})
     return patch.target in _applied
+
+
+def keep_cpu_kernels() -> None:
+    """oneDNN compiles its kernels for each number of rows, which takes some milliseconds, and keeps the latest 1024:
+    few, where every step verifies another number of tokens. It reads this when it makes the first."""
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CPU_KERNELS)
 
 
 def load_operators() -> None:

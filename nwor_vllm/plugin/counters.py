@@ -42,12 +42,13 @@ class Counters:
         for request_id, length in report.lengths.items():
             self.stopped_by_confidence += max(min(report.k, caps.get(request_id, report.k)) - length, 0)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Step, thought: float = 0.0) -> None:
+        """`thought`: seconds that the policy took beside it."""
         self.steps += 1
         self.length_histogram[step.k] += 1
         self.target_rows_written += step.verified_tokens + step.prefill_tokens
         if step.seconds > 0:
-            self.step_seconds += step.seconds
+            self.step_seconds += step.seconds + thought
         for r in step.rounds:
             self.drafted += r.drafted
             self.outcomes[r.verified, r.accepted] += 1

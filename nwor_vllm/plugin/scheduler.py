@@ -66,6 +66,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_rounds: list[Round] = []
         self.nwor_started = self.nwor_ended = time.perf_counter()
         self.nwor_busy = self.nwor_told = False
+        self.nwor_thought = 0.0  # seconds that the policy took since the last step's end
         engine = self.vllm_config.parallel_config.data_parallel_index
         self.nwor_publisher = Publisher(file_of(launcher(), engine))
         serve_control()
@@ -79,7 +80,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
     def nwor_decide(self) -> int:
         running = self.running
         context = sum([r.num_computed_tokens for r in running])
+        before = time.perf_counter()
         self.nwor_plan = self.nwor_policy.plan([r.request_id for r in running], context)
+        self.nwor_thought += time.perf_counter() - before
         return min(self.nwor_plan.k, int(self.num_spec_tokens))
 
     def nwor_orders(self) -> Orders:
@@ -96,6 +99,8 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()
+        if not self.nwor_busy:
+            self.nwor_thought = 0.0
         step = super().schedule(*args, **kwargs)
         step.nwor_k, step.nwor_counted = step.num_spec_tokens_to_schedule, self.nwor_counters.number
         if step.nwor_k and step.num_scheduled_tokens:
@@ -152,6 +157,9 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         start = self.nwor_ended if self.nwor_busy else max(self.nwor_ended, self.nwor_started)
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
         k = step.nwor_k
+        # Lessons come in lumps, and the step that happens to wait for one is no dearer by them. Asynchronous steps
+        # do not wait.
+        thought = 0.0 if self.scheduler_config.async_scheduling else self.nwor_thought
         cut = report.cut if report is not None else {}
         drafts, tokens = step.scheduled_spec_decode_tokens, step.num_scheduled_tokens
         decoding = len(tokens)
@@ -164,7 +172,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             rounds=self.nwor_rounds,
             k=k,
             draft_steps=draft_steps,
-            seconds=now - start,
+            seconds=now - start - thought,
             requests=decoding,
             verified_tokens=verified,
             context_tokens=sum([r.num_computed_tokens for r in self.running]),
@@ -172,9 +180,10 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             judged_steps=draft_steps if report is not None and report.confidence else 0,
         )
         self.nwor_policy.observe(measured)
+        self.nwor_thought = time.perf_counter() - now
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset
-            self.nwor_counters.step(measured)
+            self.nwor_counters.step(measured, thought)
             for done in self.nwor_rounds:
                 self.nwor_requests.add(done)
             if report is not None:

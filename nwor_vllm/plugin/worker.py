@@ -8,6 +8,7 @@ from typing import Any
 from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.combine import theirs_in
 
+compat.keep_cpu_kernels()
 compat.fix_cpu_expand()  # vLLM has registered its own by now, so patching the module alone would come too late
 compat.apply("worker")
 compat.apply_to_v2_runner()

@@ -75,11 +75,11 @@ class Step:
     rounds: Sequence[Round]
     k: int  # the draft length the step was planned with
     draft_steps: int  # draft forwards really run, at most k
-    seconds: float  # wall time of the whole step; NaN or <= 0 means unknown
+    seconds: float  # wall time of the step, without the policy's own; NaN or <= 0 means unknown
     requests: int  # requests that decoded, speculating or not
     verified_tokens: int  # target rows: drafts verified + one per request
     context_tokens: int = 0  # sum of context lengths
-    prefill_tokens: int = 0  # steps with prefill are not evidence for the decode cost
+    prefill_tokens: int = 0  # prompt tokens that the step computed beside its rounds
     judged_steps: int = 0  # draft forwards whose confidence was read
 
 

@@ -1,8 +1,9 @@
 """What a step takes: learnt online from step times, believed only where it was seen, monotone in what is asked of it.
 
 seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, judged draft steps, judged
-x requests, hinges of the verified tokens) with w >= 0, so monotone, and convex in the tokens as rooflines are; times a
-correction per size bucket of the verified tokens (graph padding and tile sizes make real costs step, not slope).
+x requests, any draft to verify, any prefill, its tokens, hinges of the verified tokens) with w >= 0, so monotone, and
+convex in the tokens as rooflines are; times, where nothing is prefilled, a correction per size bucket of the verified
+tokens (graph padding and tile sizes make real costs step, not slope).
 Directions that the traffic does not excite stay at the prior (one draft length at one batch size cannot tell
 verification from drafting; a ridge can). Residuals are clipped, so that a suspended machine is one bounded mistake.
 """
@@ -20,12 +21,14 @@ from nwor_vllm.policy.stop import Floats
 
 HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
-PRIOR_SHARES = np.array([1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.0005, *[0.0001] * (len(HINGES) - 1)])
+PRIOR_SHARES = np.array(
+    [1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.02, 0.02, 0.005, 0.0005, *[0.0001] * (len(HINGES) - 1)]
+)
 SIZE = len(PRIOR_SHARES)
-DRAFT, DRAFT_REQUEST, JUDGED, JUDGED_REQUEST, TOKENS = 2, 3, 6, 7, 8  # places in the vectors
+DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY, PREFILL, PREFILL_TOKENS, TOKENS = range(2, 12)
 # The prior's standard deviation over the weight: judging and tokens cost next to nothing on a GPU, much on a CPU.
 PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
-PRIOR_WIDTH[4] = 10.0  # steps without any draft take another path, on some engines a much shorter one
+PRIOR_WIDTH[ANY] = 10.0  # steps without any draft take another path, on some engines a much shorter one
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
 MEMORY = 2000.0  # steps
@@ -47,17 +50,21 @@ class Timed(NamedTuple):
     judged: int  # those after which the draft was judged
     context: int
     seconds: float
+    prefill: int = 0
 
 
 def _row(requests: float) -> int:
     return min(ROWS - 1, round(math.log2(max(requests, 1))))
 
 
-def features(requests: Any, verified: Floats, steps: Any, context: Any = 0.0, judged: Any = 0.0) -> Floats:
+def features(
+    requests: Any, verified: Floats, steps: Any, context: Any = 0.0, judged: Any = 0.0, prefill: Any = 0.0
+) -> Floats:
     x = np.empty((len(verified), SIZE))
     x[:, 0], x[:, 1], x[:, DRAFT], x[:, DRAFT_REQUEST] = 1.0, requests, steps, steps * requests
-    x[:, 4], x[:, 5] = steps > 0, context / 1024.0
-    x[:, JUDGED], x[:, JUDGED_REQUEST] = judged, judged * requests
+    x[:, ANY], x[:, CONTEXT] = steps > 0, context / 1024.0
+    x[:, JUDGED], x[:, JUDGED_REQUEST], x[:, VERIFY] = judged, judged * requests, verified > requests
+    x[:, PREFILL], x[:, PREFILL_TOKENS] = prefill > 0, prefill
     np.maximum(verified[:, None] - HINGES, 0.0, out=x[:, TOKENS:])
     return x
 
@@ -104,9 +111,9 @@ class Cost:
 
     def verify_slot(self, requests: float, tokens: float, context: float = 0.0) -> float:
         """Seconds that each of the last quarter of `tokens` adds: what trimming saves."""
-        width = max(1.0, 0.25 * tokens)
-        low, high = self.predict(requests, np.array([tokens - width, tokens]), np.zeros(2), context)
-        return max(0.0, float(high - low)) / width
+        fewer = max(0.75 * tokens, requests + 0.5)  # some draft is verified in any case
+        low, high = self.predict(requests, np.array([fewer, tokens]), np.zeros(2), context)
+        return max(0.0, float(high - low)) / (tokens - fewer)
 
     def observe(self, steps: Sequence[Timed]) -> None:
         good = [s for s in steps if math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0]
@@ -114,17 +121,18 @@ class Cost:
             self._learn(np.array(good, float).T)
 
     def _learn(self, data: Floats) -> None:
-        requests, verified, steps, judged, context, seconds = data
-        x = features(requests, verified, steps, context, judged)
-        eager = self.seen < EAGER
+        requests, verified, steps, judged, context, seconds, prefill = data
+        x = features(requests, verified, steps, context, judged, prefill)
+        alone, eager = prefill == 0, self.seen < EAGER
         if eager:  # the first steps of a process are slow: the scale is their median, not the first
-            self.scales += (seconds / (x @ PRIOR_SHARES)).tolist()
+            telling = alone if alone.any() or self.scales else ~alone
+            self.scales += (seconds / (x @ PRIOR_SHARES))[telling].tolist()
             self.prior = PRIOR_SHARES * statistics.median(self.scales)
         if not self.seen:
             self.weights = self.prior.copy()
         expected = np.maximum(x @ self.weights, SHORTEST)
         ratio = np.log(np.maximum(seconds, 1e-12) / expected)
-        for wrong in np.abs(ratio - np.log(self._corrections(requests, verified))).tolist():
+        for wrong in np.abs(ratio - np.log(self._corrections(requests, verified)))[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
         if eager:
@@ -137,7 +145,7 @@ class Cost:
         self.moment = fade * self.moment + scaled.T @ scaled
         self.target = fade * self.target + (clipped * scale) @ scaled
         self.seen += len(x)
-        self._correct(requests, verified, ratio)
+        self._correct(requests[alone], verified[alone], ratio[alone])
         if eager or self.seen >= self.solve_at:
             self._solve()
             self.solve_at = self.seen + SOLVE_EVERY

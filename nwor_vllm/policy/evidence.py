@@ -25,7 +25,9 @@ class Seen:
 
     def timed(self) -> Timed:
         s = self.step
-        return Timed(s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds)
+        return Timed(
+            s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds, s.prefill_tokens
+        )
 
 
 def thinned(seen: Sequence[Seen], row: Mapping[str, int]) -> tuple[Sequence[Seen], int]:

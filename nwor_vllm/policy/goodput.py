@@ -26,20 +26,17 @@ from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.shadow import Walkers, compare, rounds_of
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
+from nwor_vllm.policy.visits import Visits
 
-MAX_VISIT_WAIT = 128  # steps between visits that only teach the cost, at last
-RETRY = 4  # after a visit that came with prefill
-PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
-LEARN_EVERY = 16  # at most
+LEARN_EVERY = 15  # at most; what a lesson delays must not always be the same kind of step, of which many come each 16
+DRIFT = 2  # a decision stands until one in so many requests has come or gone
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = (
-    "steps", "sees_confidence", "honoured", "idle", "idle_wait", "visit", "visit_wait", "visits", "visiting", "twice",
-    "rate", "ratio", "price",
-)  # fmt: skip
+SCALARS = ("steps", "sees_confidence", "honoured", "rate", "ratio", "price")
+PARTS = ("slots", "cost", "guard", "survival", "calibration", "walkers", "visits")
 
 
 @dataclass(frozen=True)
@@ -75,21 +72,21 @@ class Goodput:
         self.slots = Slots()
         self.cost = Cost()
         self.guard = Guard(self.ladder)
+        self.visits = Visits(self.ladder, params.probe_interval, params.cost_interval)
         self.walkers = Walkers(self._rungs)
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
-        self.idle, self.idle_wait = 0, params.probe_interval
-        self.visit, self.visit_wait, self.visits = 2, params.cost_interval // 4 or 1, 0
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self.visiting = self.twice = False
         self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
-        self._decided: tuple[list[str], Plan, Plan] | None = None  # for whom, with and without confidence
+        self._decided: tuple[Plan, Plan] | None = None  # with and without confidence
+        self._here: set[str] = set()  # whom a plan was last asked for
+        self._others = 0  # who came or went since the decision
         self._pending: list[Seen] = []
         self._over: list[str] = []  # requests that have ended and whose last rounds are still to be learnt from
 
@@ -99,10 +96,11 @@ class Goodput:
         if not requests or self.k_max == 0:
             self._last = self._plain = Plan(0, watch=False)
             return self._last
-        ids = list(requests)
-        if self._decided is None or self._decided[0] != ids:
-            self._decided = ids, *self._decide(ids, context_tokens)
-        _, judged, self._plain = self._decided
+        if self._here.symmetric_difference(requests):
+            self._meet(requests)
+        if self._decided is None or self._others * DRIFT >= len(requests):
+            self._decided, self._others = self._decide(list(requests), context_tokens), 0
+        judged, self._plain = self._decided
         forced = self._forced(self._plain.k)
         if forced is not None:
             self._last = Plan(forced, watch=False)
@@ -111,6 +109,12 @@ class Goodput:
             if self.steps % (8 if self.steps < 128 else 64) == 0:
                 self._last = replace(self._plain, caps={})
         return self._last
+
+    def _meet(self, requests: Sequence[str]) -> None:
+        """Others than a plan was last asked for."""
+        self._rows([r for r in requests if r not in self._here])
+        self._others += len(self._here.symmetric_difference(requests))
+        self._here = set(requests)
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
         """The plan that uses the drafter's confidence, and the one that does without."""
@@ -193,40 +197,13 @@ class Goodput:
         """A draft length that the guard, a probe from zero, or the cost model's curiosity takes instead of `k`."""
         if self.params.guard and self.guard.fallback >= 0:
             return self.guard.fallback
-        if k == 0:
-            self.idle += 1
-            if self.idle >= self.idle_wait:
-                return next((r for r in self.ladder if r >= PROBE_K), self.k_max)
-            return None
-        self.idle, self.idle_wait = 0, self.params.probe_interval
-        if self.twice:  # the first step without drafts still verified those of the step before
-            self.twice = False
-            return 0
-        if self.steps >= self.visit:
-            return self._visit(k)
-        return None
-
-    def _visit(self, k: int) -> int:
-        """One rung shorter, one longer, none, in turn, rarer and rarer: their cost is not believed unseen for ever."""
-        here = self.ladder.index(k)
-        turns = (max(0, here - 1), min(here + 1, len(self.ladder) - 1), 0)
-        turn, self.visit = self.visits % len(turns), self.steps + self.visit_wait
-        self.visits += 1
-        if turn == len(turns) - 1:
-            self.visit_wait = min(2 * self.visit_wait, MAX_VISIT_WAIT)
-        length = self.ladder[turns[turn]]
-        self.visiting, self.twice = True, length == 0
-        return length
+        return self.visits.length(k, self.steps)
 
     # Learning
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        if self.visiting and step.prefill_tokens:  # that has taught nothing of the cost
-            self.visits, self.visit = self.visits - 1, self.steps + RETRY
-        self.visiting = False
-        if step.k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
-            self.idle, self.idle_wait = 0, min(2 * self.idle_wait, 512)
+        self.visits.done(step.k)
         self._pending.append(Seen(step, self._last, self._plain))
         if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS):
             self._learn()
@@ -234,7 +211,7 @@ class Goodput:
     def _learn(self) -> None:
         """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
         seen, self._pending, self._decided = self._pending, [], None
-        self.cost.observe([s.timed() for s in seen if not s.step.prefill_tokens])
+        self.cost.observe([s.timed() for s in seen])
         drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
         self.guard.idle(len(seen) - len(drafting))
         if drafting and self.k_max:
@@ -307,7 +284,9 @@ class Goodput:
 
     def forget(self, request_id: str) -> None:
         self._over.append(request_id)
-        self._decided = None
+        if request_id in self._here:
+            self._here.remove(request_id)
+            self._others += 1
         if not self._pending:
             self._let_go()
 
@@ -324,11 +303,10 @@ class Goodput:
         if self._pending:
             self._learn()
         self._decided = None
-        parts = ("slots", "cost", "guard", "survival", "calibration", "walkers")
-        return {name: getattr(self, name) for name in SCALARS} | {p: getattr(self, p).snapshot() for p in parts}
+        return {name: getattr(self, name) for name in SCALARS} | {p: getattr(self, p).snapshot() for p in PARTS}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._pending, self._over, self._decided = [], [], None
+        self._pending, self._over, self._decided, self._here = [], [], None, set()
         for name, value in state.items():
             part = getattr(self, name)
             if hasattr(part, "restore"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 
 import pytest
 
@@ -118,6 +120,26 @@ def test_counts_are_true_under_trimming(engine, token_prompts):
     requests = control.snapshot(engine)["requests"]
     assert sum(r["accepted"] for r in requests.values()) == cut["accepted_tokens"]
     assert len(requests) <= len(token_prompts)
+
+
+def test_the_policys_own_time_is_not_the_engines(engine, token_prompts, monkeypatch):
+    """Where steps wait for it. An asynchronous step does not, so nothing is taken off it."""
+    from nwor_vllm.bench.backends import vllm as backend
+    from nwor_vllm.plugin import control
+
+    backend.switch(engine, RULES[0])
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    backend.generate(engine, token_prompts, **GREEDY)
+    seen, policy = [], scheduler.nwor_policy
+    plan, observe = policy.plan, policy.observe
+    monkeypatch.setattr(policy, "plan", lambda *args: time.sleep(0.1) or plan(*args))
+    monkeypatch.setattr(policy, "observe", lambda step: time.sleep(0.1) or seen.append(step.seconds) or observe(step))
+    control.apply(engine, {"reset": True})
+    backend.generate(engine, token_prompts, **GREEDY)
+    asynchronous = scheduler.scheduler_config.async_scheduling
+    assert len(seen) > 5
+    assert (statistics.median(seen) > 0.1) is asynchronous
+    assert control.snapshot(engine)["counters"]["step_seconds"] > 0.15 * (len(seen) - 2)
 
 
 WRONG = [

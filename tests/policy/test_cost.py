@@ -78,6 +78,27 @@ def test_judging_is_told_from_drafting_by_steps_without_it() -> None:
     assert judged - plain == pytest.approx(5 * 3e-4, rel=0.25)
 
 
+def test_steps_beside_a_prefill_tell_what_drafting_costs() -> None:
+    """Two lengths, one of them never without somebody's prompt beside it."""
+    rng, cost = np.random.default_rng(0), Cost()
+    for i in range(400):
+        k, prompt = ((1, 0), (5, 40 + i % 100), (1, 70))[i % 3]
+        seconds = linear(8, 8 * (1 + k), k) + (5e-4 + 5e-5 * prompt if prompt else 0.0)
+        cost.observe([Timed(8, 8 * (1 + k), k, 0, 0, seconds * math.exp(0.03 * rng.normal()), prompt)])
+    got = cost.predict(8, np.array([16.0, 48.0]), np.array([1.0, 5.0]))
+    assert got == pytest.approx([linear(8, 16, 1), linear(8, 48, 5)], rel=0.05)
+
+
+def test_the_path_without_any_verification_is_a_step_of_its_own() -> None:
+    rng, cost = np.random.default_rng(0), Cost()
+    for i in range(400):
+        before, k = ((3, 3), (3, 3), (3, 0), (0, 0), (0, 3))[i % 5]  # a visit of zero
+        seconds = linear(8, 8 * (1 + before), k) + 2e-3 * (before > 0)
+        cost.observe([Timed(8, 8 * (1 + before), k, 0, 0, seconds * math.exp(0.03 * rng.normal()))])
+    got = cost.predict(8, np.array([8.0, 32.0]), np.array([0.0, 3.0]))
+    assert got == pytest.approx([linear(8, 8, 0), linear(8, 32, 3) + 2e-3], rel=0.05)
+
+
 def test_a_kind_of_step_that_was_believed_free_is_learnt_all_the_same() -> None:
     cost = Cost()
     for draft_steps, seconds in ((1, 1e-4), (1, 1.0), (0, 1.0)):

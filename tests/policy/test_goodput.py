@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
-from nwor_vllm.policy import Plan, Round, Step, make_policy
+from nwor_vllm.policy import Plan, Round, Step, goodput, make_policy
 from nwor_vllm.policy.goodput import Goodput, GoodputParams
 
 LADDER = (0, 1, 2, 3, 5, 8)
@@ -45,7 +47,7 @@ def test_a_hopeless_request_in_a_good_batch_is_capped(step_once: Once) -> None:
     hazards = [[0.95] * 8] * 7 + [[0.02] * 8]
     for _ in range(150):
         plan = step_once(policy, ids, hazards, rng)
-    policy.visit = 10**9
+    policy.visits.at = 10**9
     plan = policy.plan(ids)
     assert plan.k >= 3
     assert plan.caps.get("poor", plan.k) <= 1
@@ -57,7 +59,7 @@ def test_with_confidence_it_gives_the_drafter_a_stop_rule_and_uses_it_only_if_ob
     for _ in range(121):  # an engine that always drafts to the end; the next step is no visit
         plan = step_once(policy, ["a"], [[0.9, 0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]], rng)
     assert policy.honoured < 0.5
-    policy.visit = 10**9
+    policy.visits.at = 10**9
     plan = policy.plan(["a"])
     assert plan.stop is not None
     assert plan.stop.draft_cost > 0
@@ -96,6 +98,36 @@ def test_a_name_used_again_is_a_new_request() -> None:
     policy.forget("a")
     policy.plan(["a", "b"])
     assert policy.survival.effects.mean[policy.slots.row["a"]] == 0.0
+
+
+def test_a_plan_stands_until_half_of_the_requests_are_others(
+    step_once: Once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, policy = np.random.default_rng(0), build(confidence=False)
+    ids = [f"r{i}" for i in range(16)]
+    for _ in range(300):
+        step_once(policy, ids, [[0.6] * 8] * 16, rng)
+    policy._learn()
+    policy.plan(ids)
+    made: list[list[str]] = []
+    decide = policy._decide
+    monkeypatch.setattr(policy, "_decide", lambda ids, context: made.append(ids) or decide(ids, context))
+    for i in range(5):
+        policy.forget(ids[i])
+        ids[i] = f"new{i}"
+        policy.plan(ids)
+        assert policy.slots.row.keys() >= set(ids)
+        assert len(made) == (i >= 3)
+    policy.forget(ids[15])  # a batch that only shrinks, too
+    for i in range(14, 5, -1):
+        policy.forget(ids[i])
+        policy.plan(ids[:i])
+    assert len(made) > 1
+
+
+def test_no_kind_of_step_always_waits_for_a_lesson() -> None:
+    """Plain steps and visits come in powers of two."""
+    assert math.gcd(goodput.LEARN_EVERY, 64) == math.gcd(goodput.LEARN_EVERY, GoodputParams().cost_interval) == 1
 
 
 def test_a_ladder_without_zero_is_kept_to(step_once: Once) -> None:

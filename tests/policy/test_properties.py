@@ -125,7 +125,7 @@ def test_more_acceptance_never_shortens_drafts(name: str, kept: list[int]) -> No
             policy.plan(["a"])
             policy.observe(Step([Round("a", 3, 3, a + extra)], 3, 3, 1.3, 1, 4))
         if name == "goodput":
-            policy.visit = 10**9  # type: ignore[attr-defined]  # no step spent only on learning the cost
+            policy.visits.at = 10**9  # type: ignore[attr-defined]  # no step spent only on learning the cost
         return policy.plan(["a"]).k
 
     assert run(1) >= run(0)

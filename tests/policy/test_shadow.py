@@ -96,7 +96,7 @@ def test_text_with_a_period_is_seen_through_from_other_lengths(k: int) -> None:
 
 def test_of_two_lengths_that_need_the_same_rounds_the_shorter_is_chosen() -> None:
     policy = served([False] * 7 + [True], 5, 400)
-    policy.visit = 10**9
+    policy.visits.at = 10**9
     assert policy.plan(["a"]).k in (3, 8)
 
 

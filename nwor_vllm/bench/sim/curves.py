@@ -15,6 +15,7 @@ from nwor_vllm.errors import ConfigError, unknown_key
 from nwor_vllm.policy import profile
 
 Floats = NDArray[np.float64]
+STEADY = 4.0  # how many other rows one counts as whose step verified as many drafts as it made
 RECORDED = Path(__file__).parent / "recorded"
 
 
@@ -82,11 +83,12 @@ class Measured:
 
 
 def _features(per_request: Floats, steps: Floats, judged: Floats, knots: Floats) -> Floats:
-    """1, hinges of the tokens a request, any draft at all and the draft prefill's tokens, draft steps, judged ones."""
+    """Hinges of the tokens a request, 1, any draft to verify at all, any draft at all and the draft prefill's tokens,
+    draft steps, judged ones."""
     drafts = steps > 0
     hinges = np.maximum(per_request[..., None] - knots, 0.0)
-    rest = np.stack([np.ones_like(per_request), drafts, drafts * per_request, steps, judged > 0, judged], axis=-1)
-    return np.concatenate([hinges, rest], axis=-1)
+    rest = [np.ones_like(per_request), per_request > 1.0, drafts, drafts * per_request, steps, judged > 0, judged]
+    return np.concatenate([hinges, np.stack(rest, axis=-1)], axis=-1)
 
 
 def fit(rows: Sequence[Sequence[float]], name: str) -> Measured:
@@ -105,11 +107,14 @@ def fit(rows: Sequence[Sequence[float]], name: str) -> Measured:
         mine = mine[mine[:, 4] <= np.median(mine[:, 4])] if len(mine) >= 24 else mine
         x = _features(mine[:, 1] / size, mine[:, 2], mine[:, 3], knots)
         seconds = mine[:, 5]
+        # A length that stays what it is is what serving mostly runs, and drawn lengths hardly ever show.
+        often = np.where(mine[:, 1] == size * (1.0 + mine[:, 2]), STEADY, 1.0)
         trust = np.ones(len(seconds))
         for _ in range(8):
-            solved, _ = optimize.nnls(x * (trust / seconds)[:, None], trust)
+            weight = np.sqrt(often * trust)
+            solved, _ = optimize.nnls(x * (weight / seconds)[:, None], weight)
             error = np.abs(np.log(np.maximum(x @ solved, 1e-12) / seconds))
-            trust = np.minimum(1.0, 0.03 / np.maximum(error, 1e-6)) ** 0.5
+            trust = np.minimum(1.0, 0.03 / np.maximum(error, 1e-6))
         weights.append(solved)
     return Measured(name, sizes, knots, np.array(weights))
 
