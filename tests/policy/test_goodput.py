@@ -100,9 +100,7 @@ def test_a_name_used_again_is_a_new_request() -> None:
     assert policy.survival.effects.mean[policy.slots.row["a"]] == 0.0
 
 
-def test_a_plan_stands_until_half_of_the_requests_are_others(
-    step_once: Once, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_stands_until_half_of_the_requests_are_others(step_once: Once, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, policy = np.random.default_rng(0), build(confidence=False)
     ids = [f"r{i}" for i in range(16)]
     for _ in range(300):
