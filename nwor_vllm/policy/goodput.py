@@ -30,6 +30,7 @@ from nwor_vllm.policy.visits import Visits
 
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
 LEARN_EVERY = 15  # at most; what a lesson delays must not always be the same kind of step, of which many come each 16
+DOUBT, DOUBTFUL = 0.2, 32  # by how much zero must be better at first, and in how many steps that halves
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
@@ -164,7 +165,7 @@ class Goodput:
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
         rates = (n + full) / seconds
         self._own = self.ladder[int(rates.argmax())]
-        rates *= self.walkers.gain
+        rates *= self._gain()
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
         if not self.params.per_request or n == 1 or k == 0:
@@ -177,9 +178,14 @@ class Goodput:
         seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
         rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
         self._own = self.ladder[int(rates.argmax()) % rates.shape[1]]
-        rates *= self.walkers.gain
+        rates *= self._gain()
         trim, best = divmod(int(rates.argmax()), rates.shape[1])
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
+
+    def _gain(self) -> Floats:
+        """What each length's rate is multiplied by. The way back from zero is long: no first impression leads there."""
+        doubt = DOUBT * DOUBTFUL / (self.steps + DOUBTFUL)
+        return np.asarray(self.walkers.gain * np.where(self._rungs == 0, 1.0 - doubt, 1.0))
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
         total = survival.sum(axis=0)

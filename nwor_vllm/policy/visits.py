@@ -34,9 +34,9 @@ class Visits:
         return self._visit(k, step) if step >= self.at else None
 
     def _visit(self, k: int, step: int) -> int:
-        """One rung shorter, one longer, none, in turn, rarer and rarer."""
+        """None, one rung shorter, one longer, in turn, rarer and rarer."""
         here = self.ladder.index(k)
-        turns = (max(0, here - 1), min(here + 1, len(self.ladder) - 1), 0)
+        turns = (0, max(0, here - 1), min(here + 1, len(self.ladder) - 1))
         turn, self.at = self.number % len(turns), step + self.wait
         self.number += 1
         if turn == len(turns) - 1:
