@@ -104,6 +104,11 @@ class Cost:
         part = place - left
         return np.asarray((1.0 - part) * self.correction[rows, left] + part * self.correction[rows, left + 1])
 
+    def prefill(self, tokens: Floats) -> Floats:
+        """Seconds that prompts take beside the rounds of their steps."""
+        w = self.weights if self.seen else PRIOR_SHARES
+        return np.asarray(w[PREFILL] * (tokens > 0) + w[PREFILL_TOKENS] * tokens)
+
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step, judged."""
         w = self.weights if self.seen else PRIOR_SHARES

@@ -280,7 +280,8 @@ class Goodput:
         if self.guard.fallback != POLICY:
             return
         for i, tokens, seconds in zip(found.whole.tolist(), found.tokens.tolist(), found.seconds.tolist(), strict=True):
-            if seen[i].plan.stop is not None and seen[i].step.k == seen[i].plan.k:
+            step = seen[i].step
+            if seen[i].plan.stop is not None and step.k == seen[i].plan.k and not step.prefill_tokens:
                 achieved = tokens * self.ratio / (seconds * self.rate)
                 self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 

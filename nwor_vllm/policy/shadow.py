@@ -30,7 +30,7 @@ class Compared(NamedTuple):
     tokens: Floats
     seconds: Floats
     shadow_seconds: Floats  # of the same tokens
-    whole: Ints  # which of the steps given these are: those of decoding rounds alone
+    whole: Ints  # which of the steps given these are: those in which everybody who decoded had a round
 
 
 class Walkers:
@@ -156,14 +156,14 @@ def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft:
 
 def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost: Cost) -> Compared:
     """`share`: rounds of every alternative for one that was run."""
-    whole = np.array([not s.step.prefill_tokens and len(s.step.rounds) == s.step.requests for s in seen])
+    whole = np.array([len(s.step.rounds) == s.step.requests for s in seen])
     n = np.diff(batch.starts).astype(float)
     lengths = rungs.astype(float)
     slots = np.column_stack([n[:, None] * lengths, np.add.reduceat(batch.plain, batch.starts[:-1])])
     longest = np.array([s.plain.k for s in seen], float)
     drafts = np.column_stack([np.broadcast_to(lengths, (len(seen), len(lengths))), longest])
     timed = np.array([s.timed() for s in seen], float)
-    context, measured = timed[:, 4], timed[:, 5]
+    context, measured, beside = timed[:, 4], timed[:, 5], cost.prefill(timed[:, 6])
     wide = drafts.shape[1]
     predicted = cost.predict(
         np.append(np.repeat(n, wide), timed[:, 0]),
@@ -172,8 +172,8 @@ def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost
         np.append(np.repeat(context, wide), context),
         np.append(np.zeros(drafts.size), timed[:, 3]),
     )
-    step, expected = predicted[: drafts.size].reshape(drafts.shape), predicted[drafts.size :]
+    step, expected = predicted[: drafts.size].reshape(drafts.shape), predicted[drafts.size :] + beside
     measured = np.where(measured > 0, measured, expected)  # NaN too
     seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
     tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
-    return Compared(tokens[whole], seconds[whole], (step * share)[whole], np.flatnonzero(whole))
+    return Compared(tokens[whole], seconds[whole], (step * share + beside[:, None])[whole], np.flatnonzero(whole))
