@@ -12,7 +12,7 @@ FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice")
 
 
 class Visits:
-    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, which teach their cost."""
+    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, for their cost."""
 
     def __init__(self, ladder: Sequence[int], probe_interval: int, cost_interval: int) -> None:
         self.ladder, self.probe_interval = tuple(ladder), probe_interval
