@@ -71,7 +71,7 @@ def features(
 
 class Cost:
     def __init__(self, memory: float = MEMORY) -> None:
-        self.keep = math.exp(-1.0 / memory)
+        self.memory = memory
         self.weights: Floats = np.zeros(SIZE)
         self.prior: Floats = np.zeros(SIZE)
         self.moment: Floats = np.zeros((SIZE, SIZE))
@@ -146,7 +146,7 @@ class Cost:
             clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
         scale = 1.0 / (NOISE * expected)
         scaled = x * scale[:, None]
-        fade = self.keep ** len(x)
+        fade = math.exp(-len(x) / min(self.memory, max(EAGER, self.seen)))  # a process's first steps are slow
         self.moment = fade * self.moment + scaled.T @ scaled
         self.target = fade * self.target + (clipped * scale) @ scaled
         self.seen += len(x)

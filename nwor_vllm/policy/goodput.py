@@ -35,6 +35,7 @@ DRIFT = 2  # a decision stands until one in so many requests has come or gone
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
+PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
 SCALARS = ("steps", "sees_confidence", "honoured", "rate", "ratio", "price")
 PARTS = ("slots", "cost", "guard", "survival", "calibration", "walkers", "visits")
@@ -48,7 +49,7 @@ class GoodputParams:
     per_request: bool = True  # cap requests whose drafts do not pay for their verification
     confidence: bool = True  # give the drafter a stop rule on its calibrated confidence
     guard: bool = True  # fall back to the best fixed length, or none, while the policy is below 0.99 of it
-    probe_interval: int = 16  # steps at zero before the first probe; doubles while probes fail
+    probe_interval: int = 32  # steps at zero before the first probe; doubles while probes fail
     cost_interval: int = 32  # steps between visits of other draft lengths to learn their cost; grows fourfold
 
     def __post_init__(self) -> None:
@@ -104,12 +105,18 @@ class Goodput:
         judged, self._plain = self._decided
         forced = self._forced(self._plain.k)
         if forced is not None:
-            self._last = Plan(forced, watch=False)
+            probe = self._plain.k == 0 < forced and self.guard.fallback < 0 and self.params.per_request
+            self._last = Plan(forced, dict.fromkeys(self._spared(requests), 0) if probe else {}, watch=False)
         else:
             self._last = self._plain if self.guard.fallback == PLAIN else judged
             if self.steps % (8 if self.steps < 128 else 64) == 0:
                 self._last = replace(self._plain, caps={})
         return self._last
+
+    def _spared(self, requests: Sequence[str]) -> list[str]:
+        """Who does not draft in a probe: a few tell whether drafts have become good."""
+        stride = -(-len(requests) // PROBED)
+        return [r for i, r in enumerate(requests) if i % stride]
 
     def _meet(self, requests: Sequence[str]) -> None:
         """Others than a plan was last asked for."""
