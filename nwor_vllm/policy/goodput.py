@@ -109,7 +109,7 @@ class Goodput:
             self._last = Plan(forced, dict.fromkeys(self._spared(requests), 0) if probe else {}, watch=False)
         else:
             self._last = self._plain if self.guard.fallback == PLAIN else judged
-            if self.steps % (8 if self.steps < 128 else 64) == 0:
+            if self.steps % (8 if self.steps < 128 else 32) == 0:
                 self._last = replace(self._plain, caps={})
         return self._last
 
@@ -179,8 +179,10 @@ class Goodput:
             return k, rate, 0.0
         # Trimming must pay as a whole: where verification is free up to a size, a slope across its end says nothing.
         prices = rate * self.cost.verify_slot(n, n * (1.0 + k), context) * TRIMS
-        worth = survival >= prices[:, None, None]
-        sums = np.add.accumulate(np.stack([(survival * worth).sum(axis=1), worth.sum(axis=1)]), axis=2)
+        some = survival[:: max(1, n // SAMPLE)]
+        worth = some >= prices[:, None, None]
+        sums = np.stack([(some * worth).sum(axis=1), worth.sum(axis=1)])
+        sums = np.add.accumulate(sums, axis=2) * (n / len(some))
         gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
         seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
         rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
