@@ -98,3 +98,22 @@ def test_an_engine_with_the_plugin_accepts_drafts_above_temperature_zero():
         [sys.executable, "-c", ENGINE], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+KERNELS = """
+import os, sys
+os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+if sys.argv[1:]:
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = sys.argv[1]
+import nwor_vllm.plugin.worker
+print(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CPU build")
+@pytest.mark.parametrize(("given", "expected"), [([], "4096"), (["77"], "77")])
+def test_a_cpu_worker_keeps_the_kernels_of_more_sizes_than_stock(given, expected):
+    command = [sys.executable, "-c", KERNELS, *given]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert out.split()[-1] == expected
