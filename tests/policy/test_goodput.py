@@ -100,6 +100,26 @@ def test_a_name_used_again_is_a_new_request() -> None:
     assert policy.survival.effects.mean[policy.slots.row["a"]] == 0.0
 
 
+def test_in_a_probe_from_zero_sixteen_of_many_requests_draft(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build()
+    ids, hopeless = [f"r{i}" for i in range(64)], [[0.01] * 8] * 64
+    plans = [step_once(policy, ids, hopeless, rng) for _ in range(400)]
+    probes = [plan for plan in plans[100:] if plan.k]
+    assert 1 <= len(probes) <= 4
+    for plan in probes:
+        assert plan.k == 2
+        assert sum(plan.caps.get(i, plan.k) > 0 for i in ids) == 16
+
+
+def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
+    policy = build()
+    doubted = []
+    for policy.steps in (0, 32, 3200):
+        doubted.append(float(policy._gain()[0]))
+        assert (policy._gain()[1:] == 1.0).all()
+    assert doubted == pytest.approx([0.8, 0.9, 0.998], abs=1e-3)
+
+
 def test_a_plan_stands_until_half_of_the_requests_are_others(step_once: Once, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, policy = np.random.default_rng(0), build(confidence=False)
     ids = [f"r{i}" for i in range(16)]
