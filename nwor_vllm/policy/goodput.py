@@ -37,7 +37,7 @@ SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "sees_confidence", "honoured", "rate", "ratio", "price")
+SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "price")
 PARTS = ("slots", "cost", "guard", "survival", "calibration", "walkers", "visits")
 
 
@@ -79,6 +79,7 @@ class Goodput:
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
+        self.drafted = True  # in the step before those that are still to be learnt from
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
@@ -226,7 +227,11 @@ class Goodput:
     def _learn(self) -> None:
         """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
         seen, self._pending, self._decided = self._pending, [], None
-        self.cost.observe([s.timed() for s in seen])
+        before = [self.drafted, *(s.step.draft_steps > 0 for s in seen)]
+        self.drafted = before[-1]
+        # The first draft after a pause also feeds the drafter what it missed.
+        told = [s.timed() for s, fed in zip(seen, before[:-1], strict=True) if fed or not s.step.draft_steps]
+        self.cost.observe(told)
         drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
         self.guard.idle(len(seen) - len(drafting))
         if drafting and self.k_max:
