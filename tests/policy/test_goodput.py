@@ -111,6 +111,24 @@ def test_in_a_probe_from_zero_sixteen_of_many_requests_draft(step_once: Once) ->
         assert sum(plan.caps.get(i, plan.k) > 0 for i in ids) == 16
 
 
+def test_a_slow_start_and_dear_probes_do_not_keep_it_at_zero() -> None:
+    """As on a server: the first steps are slow, and the first draft after a pause feeds the drafter what it missed."""
+    rng, policy = np.random.default_rng(0), build(confidence=False)
+    ids, missed, lengths = [f"r{i}" for i in range(8)], 0, []
+    for step in range(1500):
+        plan = policy.plan(ids)
+        kept = [int(np.argmin(np.append(rng.random(plan.k) < 0.85, False))) for _ in ids]
+        seconds = 1.0 + 0.1 * plan.k + 0.01 * 8 * (1 + plan.k)
+        if plan.k:
+            seconds = seconds * (5.0 if step < 20 else 1.0) + 0.1 * missed
+        missed = 0 if plan.k else missed + 1
+        rounds = [Round(i, plan.k, plan.k, a) for i, a in zip(ids, kept, strict=True)] if plan.k else []
+        policy.observe(Step(rounds, plan.k, plan.k, seconds, 8, 8 * (1 + plan.k)))
+        lengths.append(plan.k)
+    assert lengths[:100].count(0) > 50
+    assert np.median(lengths[-200:]) >= 3
+
+
 def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
     policy = build()
     doubted = []
