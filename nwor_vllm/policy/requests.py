@@ -23,7 +23,8 @@ class Slots:
 
     def rows(self, requests: Sequence[str]) -> tuple[Ints, list[int]]:
         """Rows of `requests`, and which of them are new."""
-        known, fresh = self.row, []
+        known = self.row
+        fresh: list[int] = []
         if known.keys() >= set(requests):  # nearly always, and then many times as quick
             return np.fromiter(map(known.__getitem__, requests), np.int64, len(requests)), fresh
         out = []
