@@ -23,6 +23,11 @@ class Seen:
     plan: Plan
     plain: Plan
 
+    @property
+    def judged(self) -> bool:
+        """It ran as planned, by the drafter's confidence."""
+        return self.plan.stop is not None and self.step.k == self.plan.k
+
     def timed(self) -> Timed:
         s = self.step
         return Timed(

@@ -21,7 +21,8 @@ from nwor_vllm.policy.base import Plan, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
 from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen, thinned
-from nwor_vllm.policy.guard import PLAIN, POLICY, Guard
+from nwor_vllm.policy.guard import POLICY, Guard
+from nwor_vllm.policy.judging import Judging
 from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.shadow import Walkers, compare, rounds_of
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
@@ -29,16 +30,17 @@ from nwor_vllm.policy.survival import Survival
 from nwor_vllm.policy.visits import Visits
 
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
-LEARN_EVERY = 15  # at most; what a lesson delays must not always be the same kind of step, of which many come each 16
+LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
 DOUBT, DOUBTFUL = 0.2, 32  # by how much zero must be better at first, and in how many steps that halves
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
+STEADY = 0.2  # of the price that a lesson finds
 SAMPLE = 64  # rows that say which is best
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "price")
-PARTS = ("slots", "cost", "guard", "survival", "calibration", "walkers", "visits")
+SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "price", "widest")
+PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "walkers", "visits")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,12 @@ class Goodput:
         self.params, self.ladder = params, tuple(ladder)
         self.k_max = max(self.ladder)
         self._rungs = np.array(self.ladder, np.int64)
+        self._lengths = self._rungs.astype(float)
         self._index = np.arange(self.k_max)
         self.slots = Slots()
         self.cost = Cost()
         self.guard = Guard(self.ladder)
+        self.judging = Judging()
         self.visits = Visits(self.ladder, params.probe_interval, params.cost_interval)
         self.walkers = Walkers(self._rungs)
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
@@ -83,6 +87,7 @@ class Goodput:
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
+        self.widest = 0
         self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
         self._last: Plan = Plan(0)
@@ -106,10 +111,10 @@ class Goodput:
         judged, self._plain = self._decided
         forced = self._forced(self._plain.k)
         if forced is not None:
-            probe = self._plain.k == 0 < forced and self.guard.fallback < 0 and self.params.per_request
+            probe = self._plain.k == 0 < forced and self.guard.fallback == POLICY and self.params.per_request
             self._last = Plan(forced, dict.fromkeys(self._spared(requests), 0) if probe else {}, watch=False)
         else:
-            self._last = self._plain if self.guard.fallback == PLAIN else judged
+            self._last = judged if self.judging.on else self._plain
             if self.steps % (8 if self.steps < 128 else 32) == 0:
                 self._last = replace(self._plain, caps={})
         return self._last
@@ -168,12 +173,13 @@ class Goodput:
 
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
         """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
-        rungs = self._rungs.astype(float)
+        lengths, gain = self._lengths, self._gain()
+        gain = np.where(n * (1.0 + lengths) > max(16.0, 2.0 * max(self.widest, 3.0 * n)), 0.0, gain)
         full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
-        seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + rungs), rungs, context))
+        seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
         rates = (n + full) / seconds
         self._own = self.ladder[int(rates.argmax())]
-        rates *= self._gain()
+        rates *= gain
         best = int(rates.argmax())
         k, rate = self.ladder[best], float(rates[best])
         if not self.params.per_request or n == 1 or k == 0:
@@ -182,14 +188,14 @@ class Goodput:
         prices = rate * self.cost.verify_slot(n, n * (1.0 + k), context) * TRIMS
         some = survival[:: max(1, n // SAMPLE)]
         worth = some >= prices[:, None, None]
-        sums = np.stack([(some * worth).sum(axis=1), worth.sum(axis=1)])
-        sums = np.add.accumulate(sums, axis=2) * (n / len(some))
-        gain, slots = np.concatenate([np.zeros((2, len(TRIMS), 1)), sums], axis=2)[:, :, self._rungs]
-        seconds = self.cost.predict(n, (n + slots).ravel(), np.tile(rungs, len(TRIMS)), context).reshape(slots.shape)
-        rates = (n + gain) / np.maximum.accumulate(seconds, axis=1)
-        self._own = self.ladder[int(rates.argmax()) % rates.shape[1]]
-        rates *= self._gain()
-        trim, best = divmod(int(rates.argmax()), rates.shape[1])
+        sums = np.zeros((2, len(TRIMS), self.k_max + 1))
+        sums[0, :, 1:], sums[1, :, 1:] = (some * worth).sum(axis=1), worth.sum(axis=1)
+        kept, slots = np.add.accumulate(sums, axis=2)[:, :, self._rungs] * (n / len(some))
+        seconds = self.cost.predict(n, n + slots, np.broadcast_to(lengths, slots.shape), context)
+        rates = (n + kept) / np.maximum.accumulate(seconds, axis=1)
+        self._own = self.ladder[int(rates.argmax()) % len(lengths)]
+        rates *= gain
+        trim, best = divmod(int(rates.argmax()), len(lengths))
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 
     def _gain(self) -> Floats:
@@ -211,7 +217,7 @@ class Goodput:
 
     def _forced(self, k: int) -> int | None:
         """A draft length that the guard, a probe from zero, or the cost model's curiosity takes instead of `k`."""
-        if self.params.guard and self.guard.fallback >= 0:
+        if self.params.guard and self.guard.fallback != POLICY:
             return self.guard.fallback
         return self.visits.length(k, self.steps)
 
@@ -220,6 +226,7 @@ class Goodput:
     def observe(self, step: Step) -> None:
         self.steps += 1
         self.visits.done(step.k)
+        self.widest = max(self.widest, step.verified_tokens)
         self._pending.append(Seen(step, self._last, self._plain))
         if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS):
             self._learn()
@@ -234,6 +241,7 @@ class Goodput:
         self.cost.observe(told)
         drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
         self.guard.idle(len(seen) - len(drafting))
+        self.judging.idle(len(seen) - len(drafting))
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
         self._let_go()
@@ -250,25 +258,33 @@ class Goodput:
             soft[cut] = predicted[cut, batch.verified[cut]]
             self.calibration.learn_following(history, predicted, np.minimum(batch.drafted, batch.shown), batch.verified)
             self._check_honour(seen[-1], batch.confidence[batch.starts[-2] :])
-            self._learn_price(seen[-1].step, batch.starts[-2], predicted, batch)
+            self._learn_price(seen, batch, predicted)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
         self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft, stride))
 
-    def _learn_price(self, step: Step, start: int, predicted: Floats, batch: Batch) -> None:
-        """The survival that a judged slot must have: the threshold that would have served the last step best."""
-        survival = np.multiply.accumulate(predicted[start:], axis=1)[:SAMPLE]
-        survival = np.where(self._index < batch.shown[start:][:SAMPLE, None], survival, -1.0)
-        if not batch.shown[start:].any() or not self.params.per_request:
+    def _learn_price(self, seen: Sequence[Seen], batch: Batch, predicted: Floats) -> None:
+        """The survival that a judged slot must have: the threshold that would have served the last steps best."""
+        starts = batch.starts
+        first = min(int(np.searchsorted(starts, starts[-1] - SAMPLE)), len(seen) - 1)
+        cut = np.minimum(starts[first:], starts[first] + SAMPLE)
+        shown = batch.shown[cut[0] : cut[-1]]
+        told = np.flatnonzero(np.maximum.reduceat(shown, cut[:-1] - cut[0]))
+        if not len(told) or not self.params.per_request:
             return
-        n = float(len(step.rounds))
-        worth = survival >= PRICES[:, None, None]
-        gain = (survival * worth).sum(axis=2).mean(axis=1)
-        slots = worth.sum(axis=2).mean(axis=1)
-        steps = np.full(len(PRICES), float(step.draft_steps))
-        seconds = self.cost.predict(n, n * (1.0 + slots), steps, step.context_tokens, steps)
-        best = float(PRICES[int(np.argmax((1.0 + gain) / seconds))])
-        self.price = best if self.price < 0 else self.price + 0.1 * (best - self.price)
+        survival = np.multiply.accumulate(predicted[cut[0] : cut[-1]], axis=1)
+        worth = (survival >= PRICES[:, None, None]) & (self._index < shown[:, None])
+        rows = np.stack([(survival * worth).sum(axis=2), worth.sum(axis=2)])
+        means = (np.add.reduceat(rows, cut[:-1] - cut[0], axis=2) / np.diff(cut))[:, :, told]
+        steps = [seen[first + i].step for i in told.tolist()]
+        n, drafts, context = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
+        shape = means[0].shape
+        n, drafts, context = (np.broadcast_to(x, shape) for x in (n, drafts, context))
+        seconds = self.cost.predict(n, n * (1.0 + means[1]), drafts, context, drafts).sum(axis=1)
+        rates = (n * (1.0 + means[0])).sum(axis=1) / seconds
+        good = PRICES[rates >= rates.max() * (1.0 - 1e-9)]  # between them no draft's survival lies
+        best = float(min(max(self.price, good[0]), good[-1]))
+        self.price = best if self.price < 0 else self.price + STEADY * (best - self.price)
 
     def _check_honour(self, seen: Seen, confidence: Floats) -> None:
         step, last = seen.step, seen.plan
@@ -290,12 +306,19 @@ class Goodput:
         found = compare(seen, batch, share, self._rungs, self.cost)
         if not len(found.whole):
             return
-        self.guard.observe(len(found.whole), float(found.seconds.sum()), found.shadow_seconds.sum(axis=0))
+        self.guard.observe(len(found.whole), float(found.seconds.sum()), found.shadow_seconds[:, :-1].sum(axis=0))
         if self.guard.fallback != POLICY:
             return
-        for i, tokens, seconds in zip(found.whole.tolist(), found.tokens.tolist(), found.seconds.tolist(), strict=True):
-            step = seen[i].step
-            if seen[i].plan.stop is not None and step.k == seen[i].plan.k and not step.prefill_tokens:
+        judged = np.array([seen[i].judged for i in found.whole])
+        self.judging.idle(len(judged) - int(judged.sum()))
+        if not judged.any():
+            return
+        took = found.seconds[judged]
+        self.judging.observe(len(took), float(took.sum()), float(found.shadow_seconds[judged, -1].sum()))
+        for i, tokens, seconds in zip(
+            found.whole[judged].tolist(), found.tokens[judged].tolist(), took.tolist(), strict=True
+        ):
+            if not seen[i].step.prefill_tokens:
                 achieved = tokens * self.ratio / (seconds * self.rate)
                 self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 

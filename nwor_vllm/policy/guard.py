@@ -1,12 +1,9 @@
-"""No regret: is the policy at least as good as not speculating, as the best fixed draft length, as its own history?
+"""No regret: is the policy at least as good as not speculating, and as the best fixed draft length?
 
 Every alternative is shadowed on the same text: the rounds it would have needed for it, and their time under the same
 cost model. The pairing removes the luck of the text from the comparison. Below 0.99 of a shadow, by more than its
 noise, the guard hands the steps to that alternative for a hold that doubles with each trip and halves only after four
 holds' worth of good steps: trips in N steps grow slower than N over the hold, so it cannot oscillate.
-
-The alternatives are the fixed lengths of the ladder, and `PLAIN`: the policy without the drafter's confidence, whose
-own steps are held against the fixed lengths in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ MIN_STEPS = 24
 SIGMAS = 3.0
 FIRST_HOLD = 32
 MAX_HOLD = 8192
-POLICY, PLAIN = -1, -2  # who has the steps, if not a fixed length
+POLICY = -1  # who has the steps, if not a fixed length
 
 
 class Guard:
@@ -32,23 +29,23 @@ class Guard:
         self.ladder = tuple(ladder)
         self.hold = FIRST_HOLD
         self.left = 0  # steps until the policy is tried again
-        self.fallback = POLICY  # the draft length that has the steps, or who else has them
+        self.fallback = POLICY  # the draft length that has the steps
         self.trips = 0
         self._clear()
 
     def _clear(self) -> None:
-        alternatives = len(self.ladder) + 1
+        alternatives = len(self.ladder)
         self.steps = self.since = 0
         self.mine = 0.0  # discounted seconds
-        self.shadow: Floats = np.zeros(alternatives)  # the same of the rungs, then of PLAIN
+        self.shadow: Floats = np.zeros(alternatives)  # the same of every rung
         self.scatter: Floats = np.zeros(alternatives)  # discounted squares of the difference of log rates
         self.weight = 0.0
 
     def observe(self, n: int, seconds: float, shadow: Floats) -> None:
-        """What `n` steps took, and what the same text would have taken with every alternative."""
+        """What `n` steps took, and what the same text would have taken with every fixed length."""
         k = (1.0 - 1.0 / MEMORY) ** n
         self.shadow = k * self.shadow + shadow
-        if self.fallback >= 0:
+        if self.fallback != POLICY:
             self._hold(n)
             return
         self.steps += n
@@ -56,8 +53,6 @@ class Guard:
         self.mine = k * self.mine + seconds
         difference = self.weight * (shadow / self.shadow - seconds / self.mine)
         self.scatter = k * self.scatter + difference * difference
-        if self.fallback == PLAIN and self._ended(n):
-            return
         if self.steps >= MIN_STEPS:
             self._judge()
             self._relax(n)
@@ -69,7 +64,7 @@ class Guard:
 
     def _relax(self, n: int) -> None:
         self.since += n
-        if self.fallback == POLICY and self.since >= 4 * self.hold:
+        if self.since >= 4 * self.hold:
             self.hold, self.since = max(FIRST_HOLD, self.hold // 2), 0
 
     def _ended(self, n: int) -> bool:
@@ -84,31 +79,24 @@ class Guard:
         """Steps with a fixed length teach about the others, too."""
         if self._ended(n):
             return
-        seconds = self.shadow[:-1]
-        best = int(np.argmin(seconds))
-        if seconds[best] < FLOOR * seconds[self.ladder.index(self.fallback)]:
+        best = int(np.argmin(self.shadow))
+        if self.shadow[best] < FLOOR * self.shadow[self.ladder.index(self.fallback)]:
             self.fallback = self.ladder[best]
 
     def ratios(self) -> Floats:
         """The rate of who has the steps over each alternative's; ones before any step."""
         if not self.steps:
-            return np.ones(len(self.ladder) + 1)
+            return np.ones(len(self.ladder))
         return np.asarray(self.shadow / self.mine)
 
     def _judge(self) -> None:
         ratios = np.log(self.ratios())
         upper = ratios + SIGMAS * np.sqrt(self.scatter) / self.weight
-        if self.fallback == PLAIN:
-            upper = upper[:-1]
         worst = int(np.argmin(upper))
         if upper[worst] < np.log(FLOOR):
             self.trips += 1
-            if self.fallback == POLICY and ratios[-1] < ratios[worst] - np.log(FLOOR):
-                worst = len(self.ladder)  # as good, and it follows the traffic
-            self.fallback = self.ladder[worst] if worst < len(self.ladder) else PLAIN
+            self.fallback = self.ladder[worst]
             self.left, self.hold = self.hold, min(2 * self.hold, MAX_HOLD)
-            if self.fallback == PLAIN:
-                self._clear()
 
     def snapshot(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from typing import Any
 
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 MAX_PROBE_WAIT = 512  # steps at zero
-MAX_WAIT = 128  # steps between visits, at last
+MAX_WAIT = 256  # steps between visits, at last
 FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice")
 
 
@@ -17,7 +17,7 @@ class Visits:
     def __init__(self, ladder: Sequence[int], probe_interval: int, cost_interval: int) -> None:
         self.ladder, self.probe_interval = tuple(ladder), probe_interval
         self.idle, self.idle_wait = 0, probe_interval
-        self.at, self.wait, self.number = 2, cost_interval // 4 or 1, 0  # the next visit's step
+        self.at, self.wait, self.number = 2, cost_interval // 2 or 1, 0  # the next visit's step
         self.twice = False
 
     def length(self, k: int, step: int) -> int | None:

@@ -6,15 +6,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nwor_vllm.policy.guard import FIRST_HOLD, MAX_HOLD, PLAIN, POLICY, Guard
+from nwor_vllm.policy.guard import FIRST_HOLD, MAX_HOLD, Guard
 
 LADDER = (0, 1, 3)
 
 
 def feed(guard: Guard, tokens: float, seconds: float, shadow: list[float], costs: list[float]) -> None:
-    """One step, and what rounds of every length keep and cost; the policy without confidence is no rival here."""
-    needed = [tokens / kept * cost for kept, cost in zip(shadow, costs, strict=True)]
-    guard.observe(1, seconds, np.array([*needed, 10 * max(needed)]))
+    """One step, and what rounds of every length keep and cost."""
+    guard.observe(1, seconds, np.array([tokens / kept * cost for kept, cost in zip(shadow, costs, strict=True)]))
 
 
 def test_a_policy_that_loses_to_no_speculation_is_replaced_by_it() -> None:
@@ -41,17 +40,6 @@ def test_holding_moves_to_the_length_that_has_become_better() -> None:
     for _ in range(20):
         feed(guard, 1.0, 1.1, [1.0, 1.0, 1.0], [1.0, 1.1, 1.3])
     assert guard.fallback == 0
-
-
-def test_judging_that_does_not_pay_is_dropped_for_plain_drafting_and_tried_again() -> None:
-    guard = Guard(LADDER)
-    held = 0
-    for _ in range(200):
-        judged = guard.fallback == POLICY
-        guard.observe(1, 1.2 if judged else 1.1, np.array([2.0, 1.38, 1.44, 1.1]))
-        held += guard.fallback == PLAIN
-    assert held > 120
-    assert 2 <= guard.trips <= 4
 
 
 numbers = st.tuples(st.floats(0.5, 8), st.floats(0.1, 3), st.lists(st.floats(0.5, 8), min_size=3, max_size=3))

@@ -1,0 +1,72 @@
+"""Does reading the drafter's confidence pay? The plan that uses it against the one that history alone makes, `PLAIN`.
+
+Both are good plans, so the better mean has the steps, without waiting for certainty. What judged steps took is held
+against what the plain plan would have for the same text. While it loses, the plain plan has the steps for a wait that
+doubles; then a few judged steps say whether that still holds, with the evidence of before at half its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nwor_vllm.policy.stop import Floats
+
+MEMORY = 400.0  # judged steps
+TRIAL = 12  # judged steps before the first verdict, and half of that after every wait
+FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
+SIGMAS = 1.0
+FIELDS = ("tried", "left", "wait", "mine", "plain", "weight", "scatter")
+
+
+class Judging:
+    def __init__(self) -> None:
+        self.tried = 0  # judged steps since they have had the steps
+        self.left, self.wait = 0, FIRST_WAIT  # steps until judging is tried again, if it is not now
+        self.mine = self.plain = self.weight = 0.0  # discounted: seconds of judged steps, of the plain plan's, steps
+        self.scatter = 0.0  # discounted squares of the difference of both's log rates
+
+    @property
+    def on(self) -> bool:
+        return self.left <= 0
+
+    def idle(self, n: int) -> None:
+        """Steps that did not compare anything."""
+        if self.left > 0:
+            self.left -= n
+            if self.on:
+                self.tried = TRIAL // 2
+                self._fade(0.5)
+
+    def observe(self, n: int, seconds: float, plain: float) -> None:
+        """What `n` judged steps took, and what the plain plan would have."""
+        self._fade((1.0 - 1.0 / MEMORY) ** n)
+        self.tried += n
+        self.weight += n
+        self.mine += seconds
+        self.plain += plain
+        self.scatter += (self.weight * (plain / self.plain - seconds / self.mine)) ** 2
+        if self.tried >= TRIAL:
+            self._judge()
+
+    def _judge(self) -> None:
+        worth = math.log(self.plain / self.mine)
+        if worth + SIGMAS * math.sqrt(self.scatter) / self.weight < 0.0:
+            self.left, self.wait = self.wait, min(2 * self.wait, MAX_WAIT)
+        elif worth > 0.0:
+            self.wait = FIRST_WAIT
+
+    def _fade(self, k: float) -> None:
+        self.mine, self.plain, self.weight, self.scatter = (
+            k * x for x in (self.mine, self.plain, self.weight, self.scatter)
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name in FIELDS:
+            setattr(self, name, type(getattr(self, name))(state[name]))

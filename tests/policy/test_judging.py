@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from nwor_vllm.policy.judging import FIRST_WAIT, MAX_WAIT, TRIAL, Judging
+
+
+def serve(judging: Judging, steps: int, mine: float, plain: float, noise: float = 0.1, seed: int = 0) -> int:
+    """Steps that were judged, of `steps` which take `mine` judged and `plain` otherwise."""
+    rng, judged = np.random.default_rng(seed), 0
+    for factor in np.exp(noise * rng.normal(size=steps)).tolist():
+        if judging.on:
+            judged += 1
+            judging.observe(1, mine * factor, plain)
+        else:
+            judging.idle(1)
+    return judged
+
+
+def test_judging_that_costs_more_than_it_brings_is_tried_ever_more_rarely() -> None:
+    judging = Judging()
+    first = serve(judging, 200, 1.1, 1.0)
+    assert TRIAL <= first < 100
+    assert judging.wait > FIRST_WAIT
+    assert serve(judging, 8 * MAX_WAIT, 1.1, 1.0) < 0.03 * 8 * MAX_WAIT
+
+
+def test_judging_that_pays_keeps_the_steps() -> None:
+    judging = Judging()
+    assert serve(judging, 2000, 1.0, 1.1) > 1900
+
+
+def test_it_comes_back_when_the_traffic_changes() -> None:
+    judging = Judging()
+    serve(judging, 2000, 1.1, 1.0)
+    assert serve(judging, 2 * MAX_WAIT, 1.0, 1.2) > MAX_WAIT // 2
+    assert judging.wait == FIRST_WAIT
+
+
+def test_what_is_equal_is_not_switched_off_for_good() -> None:
+    judged = [serve(Judging(), 4000, 1.0, 1.0, seed=seed) for seed in range(20)]
+    assert min(judged) > 100
+
+
+def test_snapshot_continues_exactly() -> None:
+    judging, again = Judging(), Judging()
+    serve(judging, 150, 1.05, 1.0)
+    again.restore(json.loads(json.dumps(judging.snapshot())))
+    assert serve(judging, 500, 1.05, 1.0) == serve(again, 500, 1.05, 1.0)
+    assert judging.snapshot() == again.snapshot()
