@@ -100,7 +100,7 @@ class Cost:
             base *= self._corrections(requests, verified)
         else:
             base *= np.interp(FINE * np.log2(np.maximum(verified, 1.0)), PLACES, self.correction[_row(requests)])
-        return np.maximum(base, SHORTEST)
+        return np.asarray(np.maximum(base, SHORTEST))
 
     def _believe(self, weights: Floats) -> None:
         self.weights, self._terms = weights, weights.tolist()

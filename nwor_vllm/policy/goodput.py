@@ -23,6 +23,7 @@ from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen, thinned
 from nwor_vllm.policy.guard import POLICY, Guard
 from nwor_vllm.policy.judging import Judging
+from nwor_vllm.policy.price import Price
 from nwor_vllm.policy.requests import Groups, Slots
 from nwor_vllm.policy.shadow import Walkers, compare, rounds_of
 from nwor_vllm.policy.stop import Floats, Ints, evaluate
@@ -33,14 +34,13 @@ EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning 
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
 DOUBT, DOUBTFUL = 0.2, 32  # by how much zero must be better at first, and in how many steps that halves
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
-PRICES = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])  # thresholds of survival that are tried
-STEADY = 0.2  # of the price that a lesson finds
 SAMPLE = 64  # rows that say which is best
+BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "price", "widest")
-PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "walkers", "visits")
+SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "widest")
+PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Goodput:
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
         self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
-        self.widest = 0
+        self.widest = 0  # verified tokens of a step so far
         self._own = self.k_max  # the best length of rounds that start where this policy's do
-        self.price = -1.0  # survival that a judged slot must have, moving average; -1 = none yet
+        self.price = Price()
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
         self._decided: tuple[Plan, Plan] | None = None  # with and without confidence
@@ -143,7 +143,7 @@ class Goodput:
             return plain, plain
         if not self.sees_confidence:
             return Plan(k, plain.caps), plain
-        price = self.price if self.price >= 0 else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
+        price = self.price.value if self.price.known else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
         stop = self._stop_rule(survival, n, price)
         k = self._furthest(self._own, n) if self.honoured > 0.5 else k
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
@@ -174,7 +174,7 @@ class Goodput:
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
         """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
         lengths, gain = self._lengths, self._gain()
-        gain = np.where(n * (1.0 + lengths) > max(16.0, 2.0 * max(self.widest, 3.0 * n)), 0.0, gain)
+        gain = np.where(n * (1.0 + lengths) > BOLD * max(self.widest, 3 * n, UNSEEN), 0.0, gain)
         full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
         rates = (n + full) / seconds
@@ -258,33 +258,11 @@ class Goodput:
             soft[cut] = predicted[cut, batch.verified[cut]]
             self.calibration.learn_following(history, predicted, np.minimum(batch.drafted, batch.shown), batch.verified)
             self._check_honour(seen[-1], batch.confidence[batch.starts[-2] :])
-            self._learn_price(seen, batch, predicted)
+            if self.params.per_request:
+                self.price.learn(seen, batch, predicted, self.cost)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
         self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft, stride))
-
-    def _learn_price(self, seen: Sequence[Seen], batch: Batch, predicted: Floats) -> None:
-        """The survival that a judged slot must have: the threshold that would have served the last steps best."""
-        starts = batch.starts
-        first = min(int(np.searchsorted(starts, starts[-1] - SAMPLE)), len(seen) - 1)
-        cut = np.minimum(starts[first:], starts[first] + SAMPLE)
-        shown = batch.shown[cut[0] : cut[-1]]
-        told = np.flatnonzero(np.maximum.reduceat(shown, cut[:-1] - cut[0]))
-        if not len(told) or not self.params.per_request:
-            return
-        survival = np.multiply.accumulate(predicted[cut[0] : cut[-1]], axis=1)
-        worth = (survival >= PRICES[:, None, None]) & (self._index < shown[:, None])
-        rows = np.stack([(survival * worth).sum(axis=2), worth.sum(axis=2)])
-        means = (np.add.reduceat(rows, cut[:-1] - cut[0], axis=2) / np.diff(cut))[:, :, told]
-        steps = [seen[first + i].step for i in told.tolist()]
-        n, drafts, context = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
-        shape = means[0].shape
-        n, drafts, context = (np.broadcast_to(x, shape) for x in (n, drafts, context))
-        seconds = self.cost.predict(n, n * (1.0 + means[1]), drafts, context, drafts).sum(axis=1)
-        rates = (n * (1.0 + means[0])).sum(axis=1) / seconds
-        good = PRICES[rates >= rates.max() * (1.0 - 1e-9)]  # between them no draft's survival lies
-        best = float(min(max(self.price, good[0]), good[-1]))
-        self.price = best if self.price < 0 else self.price + STEADY * (best - self.price)
 
     def _check_honour(self, seen: Seen, confidence: Floats) -> None:
         step, last = seen.step, seen.plan

@@ -11,10 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from nwor_vllm.policy.stop import Floats
-
 MEMORY = 400.0  # judged steps
 TRIAL = 12  # judged steps before the first verdict, and half of that after every wait
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps

@@ -1,0 +1,52 @@
+"""The survival that a judged slot must have to pay for its verification: what thresholds would have done tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nwor_vllm.policy.cost import Cost
+from nwor_vllm.policy.evidence import Batch, Seen
+from nwor_vllm.policy.stop import Floats
+
+TRIED = np.array([0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+SAMPLE = 64  # rounds that are looked at, or those of the newest step
+STEADY = 0.2  # how much of the way to what a lesson finds
+
+
+class Price:
+    def __init__(self) -> None:
+        self.known = False
+        self.value = 0.0
+
+    def learn(self, seen: Sequence[Seen], batch: Batch, predicted: Floats, cost: Cost) -> None:
+        """Move to the threshold that would have served the newest steps best. `predicted`: calibrated confidences."""
+        first = min(int(np.searchsorted(batch.starts, batch.starts[-1] - SAMPLE)), len(seen) - 1)
+        cut = np.minimum(batch.starts[first:], batch.starts[first] + SAMPLE)
+        shown, begin = batch.shown[cut[0] : cut[-1]], cut[:-1] - cut[0]
+        judged = np.flatnonzero(np.maximum.reduceat(shown, begin))
+        if not len(judged):
+            return
+        survival = np.multiply.accumulate(predicted[cut[0] : cut[-1]], axis=1)
+        worth = (survival >= TRIED[:, None, None]) & (np.arange(survival.shape[1]) < shown[:, None])
+        rounds = np.stack([(survival * worth).sum(axis=2), worth.sum(axis=2)])
+        kept, slots = (np.add.reduceat(rounds, begin, axis=2) / np.diff(cut))[:, :, judged]  # [thresholds, steps]
+        steps = [seen[first + i].step for i in judged.tolist()]
+        columns = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
+        n, drafts, context = (np.broadcast_to(x, kept.shape) for x in columns)
+        rates = (n * (1.0 + kept)).sum(axis=1) / cost.predict(n, n * (1.0 + slots), drafts, context, drafts).sum(axis=1)
+        self._move(TRIED[rates >= rates.max() * (1.0 - 1e-9)])
+
+    def _move(self, good: Floats) -> None:
+        """No draft's survival lies between the thresholds that are best: a price among them is as good as any."""
+        best = float(min(max(self.value, good[0]), good[-1]))
+        self.value = self.value + STEADY * (best - self.value) if self.known else best
+        self.known = True
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"known": self.known, "value": self.value}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.known, self.value = bool(state["known"]), float(state["value"])
