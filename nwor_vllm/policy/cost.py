@@ -36,6 +36,9 @@ EAGER = 64  # until this many steps were seen every call solves, then every SOLV
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
+WINDOW, KNOWN = 5, 3.0  # steps whose median says how slow the machine was just then, of sizes seen that often
+STAYS = 400.0  # steps in which the whole model follows
+SLOW = 0.15  # in log time: what is less is the model's own affair
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
 KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
 PLACES = np.arange(BUCKETS)
@@ -83,6 +86,7 @@ class Cost:
         self.seen = 0
         self.solve_at = 0
         self.scales: list[float] = []
+        self.last: list[float] = []  # residuals of the last steps of known sizes
         self.error = math.nan  # moving mean of |log(measured / predicted)|
 
     @property
@@ -129,12 +133,15 @@ class Cost:
         low, high = self.predict(requests, np.array([fewer, tokens]), np.zeros(2), context)
         return max(0.0, float(high - low)) / (tokens - fewer)
 
-    def observe(self, steps: Sequence[Timed]) -> None:
-        good = [s for s in steps if math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0]
-        if good:
-            self._learn(np.array(good, float).T)
+    def observe(self, steps: Sequence[Timed]) -> Floats:
+        """Learn from them; return how many times slower than ever the machine was at each."""
+        good = [math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0 for s in steps]
+        slow = np.ones(len(steps))
+        if any(good):
+            slow[good] = np.exp(self._learn(np.array(steps, float)[good].T))
+        return slow
 
-    def _learn(self, data: Floats) -> None:
+    def _learn(self, data: Floats) -> Floats:
         requests, verified, steps, judged, context, seconds, prefill = data
         x = features(requests, verified, steps, context, judged, prefill)
         alone, eager = prefill == 0, self.seen < EAGER
@@ -149,6 +156,8 @@ class Cost:
         for wrong in np.abs(ratio - np.log(self._corrections(requests, verified)))[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
+        slow = self._slowness(requests, verified, ratio)
+        ratio, seconds = ratio - slow, seconds * np.exp(-slow)
         if eager:
             clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
         else:
@@ -163,13 +172,38 @@ class Cost:
         if eager or self.seen >= self.solve_at:
             self._solve()
             self.solve_at = self.seen + SOLVE_EVERY
+        if slow.any():  # what stays so is the machine as it is: all sizes alike
+            self._scale(math.exp(slow.sum() / STAYS))
+        return slow
+
+    def _scale(self, factor: float) -> None:
+        self.prior, self.target = factor * self.prior, factor * self.target
+        self._believe(factor * self.weights)
+
+    def _slowness(self, requests: Floats, verified: Floats, ratio: Floats) -> Floats:
+        """Log of how much slower than ever the machine was around each step, whatever it did: a neighbour's burst must
+        not be taken for the price of the sizes that happened to run."""
+        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1).astype(np.int64)
+        cells = np.minimum(np.rint(FINE * np.log2(np.maximum(verified, 1.0))), BUCKETS - 1).astype(np.int64)
+        known = self.bucket[1, rows, cells] >= KNOWN
+        told = self.last + (ratio - np.log(self.correction[rows, cells]))[known].tolist()
+        at = len(self.last) + np.add.accumulate(known) - known  # of each step, among those that tell
+        self.last = told[1 - WINDOW :]
+        if len(told) < WINDOW:
+            return np.zeros(len(ratio))
+        medians = np.median(np.lib.stride_tricks.sliding_window_view(told, WINDOW), axis=1)
+        found = medians[np.minimum(np.maximum(at - WINDOW // 2, 0), len(medians) - 1)]
+        return np.where(np.abs(found) > SLOW, found, 0.0)
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats) -> None:
         touched = set()
         for n, tokens, log in zip(requests.tolist(), verified.tolist(), ratio.tolist(), strict=True):
             row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
             self.bucket[:, row, cell] *= 0.98
-            self.bucket[0, row, cell] += max(-0.5, min(0.5, log))
+            now, width = math.log(self.correction[row, cell]), 0.5
+            if self.bucket[1, row, cell] >= KNOWN:
+                width = CLIP * NOISE
+            self.bucket[0, row, cell] += max(now - width, min(now + width, log))
             self.bucket[1, row, cell] += 1.0
             touched.add(row)
         for row in touched:
@@ -212,6 +246,7 @@ class Cost:
             "seen": self.seen,
             "solve_at": self.solve_at,
             "scales": list(self.scales),
+            "last": list(self.last),
             "error": None if math.isnan(self.error) else self.error,
         }
 
@@ -224,4 +259,5 @@ class Cost:
             self._smooth(row)
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.scales = [float(x) for x in state["scales"]]
+        self.last = [float(x) for x in state["last"]]
         self.error = math.nan if state["error"] is None else float(state["error"])

@@ -237,11 +237,13 @@ class Goodput:
         before = [self.drafted, *(s.step.draft_steps > 0 for s in seen)]
         self.drafted = before[-1]
         # The first draft after a pause also feeds the drafter what it missed.
-        told = [s.timed() for s, fed in zip(seen, before[:-1], strict=True) if fed or not s.step.draft_steps]
-        self.cost.observe(told)
+        told = [i for i, s in enumerate(seen) if before[i] or not s.step.draft_steps]
+        slow = self.cost.observe([seen[i].timed() for i in told])
+        for i, factor in zip(told, slow.tolist(), strict=True):
+            seen[i] = seen[i] if factor == 1.0 else seen[i].sped(factor)
         drafting = [s for s in seen if s.step.k > 0 and s.step.rounds]
         self.guard.idle(len(seen) - len(drafting))
-        self.judging.idle(len(seen) - len(drafting))
+        self.judging.wait_on(len(seen))
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
         self._let_go()
@@ -287,17 +289,12 @@ class Goodput:
         self.guard.observe(len(found.whole), float(found.seconds.sum()), found.shadow_seconds[:, :-1].sum(axis=0))
         if self.guard.fallback != POLICY:
             return
-        judged = np.array([seen[i].judged for i in found.whole])
-        self.judging.idle(len(judged) - int(judged.sum()))
-        if not judged.any():
-            return
-        took = found.seconds[judged]
-        self.judging.observe(len(took), float(took.sum()), float(found.shadow_seconds[judged, -1].sum()))
-        for i, tokens, seconds in zip(
-            found.whole[judged].tolist(), found.tokens[judged].tolist(), took.tolist(), strict=True
-        ):
-            if not seen[i].step.prefill_tokens:
-                achieved = tokens * self.ratio / (seconds * self.rate)
+        judged = [i for i, step in enumerate(found.whole.tolist()) if seen[step].judged]
+        took, plain = found.seconds[judged].sum(), found.shadow_seconds[judged, -1].sum()
+        self.judging.observe(len(judged), float(took), float(plain))
+        for i in judged:
+            if not seen[found.whole[i]].step.prefill_tokens:
+                achieved = float(found.tokens[i]) * self.ratio / (float(found.seconds[i]) * self.rate)
                 self.ratio = min(max(self.ratio + 0.02 * (min(achieved, 4.0) - self.ratio), 0.9), 1.15)
 
     def seed_cost(self, rows: Iterable[Sequence[float]]) -> None:

@@ -29,16 +29,19 @@ class Judging:
     def on(self) -> bool:
         return self.left <= 0
 
-    def idle(self, n: int) -> None:
-        """Steps that did not compare anything."""
-        if self.left > 0:
-            self.left -= n
-            if self.on:
-                self.tried = TRIAL // 2
-                self._fade(0.5)
+    def wait_on(self, n: int) -> None:
+        """Steps have gone by."""
+        if self.on:
+            return
+        self.left -= n
+        if self.on:
+            self.tried = TRIAL // 2
+            self._fade(0.5)
 
     def observe(self, n: int, seconds: float, plain: float) -> None:
         """What `n` judged steps took, and what the plain plan would have."""
+        if not n:
+            return
         self._fade((1.0 - 1.0 / MEMORY) ** n)
         self.tried += n
         self.weight += n

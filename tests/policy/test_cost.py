@@ -105,3 +105,23 @@ def test_a_kind_of_step_that_was_believed_free_is_learnt_all_the_same() -> None:
         cost.observe([Timed(1, 0, draft_steps, 0, 0, seconds)])
     assert np.isfinite(cost.weights).all()
     assert np.isfinite(cost.predict(1, np.array([1.0, 4.0]), np.array([0.0, 3.0]))).all()
+
+
+def test_a_burst_of_slowness_is_not_the_price_of_the_sizes_that_ran_in_it() -> None:
+    cost, rng = Cost(), np.random.default_rng(0)
+
+    def step(k: int, pace: float) -> float:
+        seconds = pace * linear(8, 8 * (1 + k), k) * math.exp(0.03 * rng.normal())
+        return float(cost.observe([Timed(8, 8 * (1 + k), k, 0, 0, seconds)])[0])
+
+    for _ in range(15):
+        for k in (0, 1, 2, 3, 5, 8):
+            step(k, 1.0)
+    found = [step(3 if i % 2 else 5, 1.8) for i in range(40)]
+    assert sum(factor > 1.4 for factor in found) >= 30
+    for _ in range(30):
+        step(8, 1.0)
+    k = np.array([3.0, 5.0, 8.0])
+    expected = np.array([linear(8, 8 * (1 + int(x)), int(x)) for x in k])
+    predicted = cost.predict(8, 8 * (1 + k), k)
+    assert predicted / predicted[2] == pytest.approx(expected / expected[2], rel=0.1)

@@ -15,7 +15,7 @@ def serve(judging: Judging, steps: int, mine: float, plain: float, noise: float 
             judged += 1
             judging.observe(1, mine * factor, plain)
         else:
-            judging.idle(1)
+            judging.wait_on(1)
     return judged
 
 
