@@ -157,9 +157,9 @@ class Goodput:
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:
             return {}
-        limit = np.add.reduce(survival[:, :k] >= price, axis=1, dtype=np.int64)
-        short = np.flatnonzero(limit < k)
-        return dict(zip([requests[i] for i in short.tolist()], limit[short].tolist(), strict=True))
+        short = np.flatnonzero(survival[:, k - 1] < price)  # survival falls from slot to slot
+        limit = (survival[short, :k] >= price).sum(axis=1)
+        return dict(zip([requests[i] for i in short.tolist()], limit.tolist(), strict=True))
 
     def _rows(self, requests: Sequence[str]) -> Ints:
         if self._over and not set(self._over).isdisjoint(requests):  # a name that is used again

@@ -13,6 +13,9 @@ from typing import Any
 from nwor_vllm.policy.base import StopRule
 from nwor_vllm.policy.stop import LOG_ODDS_LIMIT
 
+LEAST = 1.0 / (1.0 + math.exp(LOG_ODDS_LIMIT))  # confidences beyond which their log-odds are at the limit
+MOST = 1.0 / (1.0 + math.exp(-LOG_ODDS_LIMIT))
+
 
 class Stopping:
     """Who drafts on, and what is kept so far. `whole` rows are drafted to the end, whatever the rule says."""
@@ -50,22 +53,33 @@ class Stopping:
         return [r for r in self.going if self.caps[r] > position + 1]
 
     def _judged(self, confidence: Sequence[float]) -> list[int]:
-        rule, position = self.rule, self.drafted
+        rule, position, verify = self.rule, self.drafted, self.rule.verify_cost
         a, b = _last(rule.calibration, position) if rule.calibration else (0.0, 1.0)
         hazard = _last(rule.hazard, position + 1) if rule.hazard else None
         on, gain = [], 0.0
         for r, c in zip(self.going, confidence, strict=True):
-            within = min(max(c, 1e-12), 1.0 - 1e-12)
-            odds = min(max(math.log(within / (1.0 - within)), -LOG_ODDS_LIMIT), LOG_ODDS_LIMIT)
-            accept = 1.0 / (1.0 + math.exp(min(-(a + b * odds + self.bias[r]), 700.0)))
-            self._survival[r] = survival = self._survival[r] * accept
+            self._survival[r] = survival = self._survival[r] * (accept := _accept(a, b, c, self.bias[r]))
             self._product[r] = product = self._product[r] * c
-            if c >= rule.threshold and product >= rule.min_survival and survival >= rule.verify_cost:
+            if c >= rule.threshold and product >= rule.min_survival and survival >= verify:
                 self.kept[r] = position + 1
                 if self.caps[r] > position + 1:
                     on.append(r)
-                    gain += max(0.0, survival * (accept if hazard is None else hazard) - rule.verify_cost)
+                    worth = survival * (accept if hazard is None else hazard) - verify
+                    if worth > 0.0:
+                        gain += worth
         return on if rule.draft_cost <= 0 or gain > rule.draft_cost else []
+
+
+def _accept(a: float, b: float, c: float, bias: float) -> float:
+    """sigmoid(a + b * log_odds(c) + bias); comparisons, as calls of min and max cost more than the rest."""
+    if c <= LEAST:
+        odds = -LOG_ODDS_LIMIT
+    elif c >= MOST:
+        odds = LOG_ODDS_LIMIT
+    else:
+        odds = math.log(c / (1.0 - c))
+    x = a + b * odds + bias
+    return 1.0 / (1.0 + math.exp(-x)) if x > -700.0 else 0.0
 
 
 def _last(values: Sequence[Any], index: int) -> Any:
