@@ -52,7 +52,7 @@ class GoodputParams:
     confidence: bool = True  # give the drafter a stop rule on its calibrated confidence
     guard: bool = True  # fall back to the best fixed length, or none, while the policy is below 0.99 of it
     probe_interval: int = 32  # steps at zero before the first probe; doubles while probes fail
-    cost_interval: int = 32  # steps between visits of other draft lengths to learn their cost; grows fourfold
+    cost_interval: int = 32  # steps between visits of other draft lengths: half of it at first, then ever more
 
     def __post_init__(self) -> None:
         for name in ("spread", "memory"):

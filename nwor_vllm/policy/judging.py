@@ -1,4 +1,4 @@
-"""Does reading the drafter's confidence pay? The plan that uses it against the one that history alone makes, `PLAIN`.
+"""Does reading the drafter's confidence pay? The plan that uses it, against the one that history alone makes.
 
 Both are good plans, so the better mean has the steps, without waiting for certainty. What judged steps took is held
 against what the plain plan would have for the same text. While it loses, the plain plan has the steps for a wait that
