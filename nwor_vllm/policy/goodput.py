@@ -32,14 +32,14 @@ from nwor_vllm.policy.visits import Visits
 
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
-DOUBT, DOUBTFUL = 0.2, 32  # by how much zero must be better at first, and in how many steps that halves
+DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps that halves
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 SAMPLE = 64  # rows that say which is best
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "sees_confidence", "honoured", "rate", "ratio", "widest")
+SCALARS = ("steps", "drafted", "awake", "sees_confidence", "honoured", "rate", "ratio", "widest")
 PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
 
 
@@ -73,7 +73,6 @@ class Goodput:
         self.k_max = max(self.ladder)
         self._rungs = np.array(self.ladder, np.int64)
         self._lengths = self._rungs.astype(float)
-        self._index = np.arange(self.k_max)
         self.slots = Slots()
         self.cost = Cost()
         self.guard = Guard(self.ladder)
@@ -83,6 +82,7 @@ class Goodput:
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
+        self.awake = 0  # steps since zero was the best length
         self.drafted = True  # in the step before those that are still to be learnt from
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
@@ -145,14 +145,11 @@ class Goodput:
             return Plan(k, plain.caps), plain
         price = self.price.value if self.price.known else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
         stop = self._stop_rule(survival, n, price)
-        k = self._furthest(self._own, n) if self.honoured > 0.5 else k
+        if self.honoured > 0.5:  # the rule ends the step; with many requests their luck averages out
+            k = self.k_max if n <= FEW else next((r for r in self.ladder if r > self._own), self._own)
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
-
-    def _furthest(self, k: int, n: int) -> int:
-        """How far a step may draft whose rule ends it: with many requests their luck averages out, and `k` is right."""
-        return self.k_max if n <= FEW else next((r for r in self.ladder if r > k), k)
 
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:
@@ -173,9 +170,9 @@ class Goodput:
 
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
         """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
-        lengths, gain = self._lengths, self._gain()
-        gain = np.where(n * (1.0 + lengths) > BOLD * max(self.widest, 3 * n, UNSEEN), 0.0, gain)
+        lengths = self._lengths
         full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
+        gain = self._gain(full / (n + full)) * (n * (1.0 + lengths) <= BOLD * max(self.widest, 3 * n, UNSEEN))
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
         rates = (n + full) / seconds
         self._own = self.ladder[int(rates.argmax())]
@@ -198,9 +195,10 @@ class Goodput:
         trim, best = divmod(int(rates.argmax()), len(lengths))
         return self.ladder[best], float(rates[trim, best]), float(prices[trim])
 
-    def _gain(self) -> Floats:
-        """What each length's rate is multiplied by. The way back from zero is long: no first impression leads there."""
-        doubt = DOUBT * DOUBTFUL / (self.steps + DOUBTFUL)
+    def _gain(self, drafts: Floats) -> Floats:
+        """What each length's rate is multiplied by, where `drafts` of its tokens are drafts. The way back from zero is
+        long: no first impression of the cost of drafts that bring something leads there."""
+        doubt = DOUBT * DOUBTFUL / (self.steps + DOUBTFUL) * drafts.max()
         return np.asarray(self.walkers.gain * np.where(self._rungs == 0, 1.0 - doubt, 1.0))
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
@@ -228,7 +226,10 @@ class Goodput:
         self.visits.done(step.k)
         self.widest = max(self.widest, step.verified_tokens)
         self._pending.append(Seen(step, self._last, self._plain))
-        if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS):
+        self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
+        if len(self._pending) >= min(
+            LEARN_EVERY, self.steps // EAGER_STEPS, self.awake // 2 if step.k else LEARN_EVERY
+        ):
             self._learn()
 
     def _learn(self) -> None:

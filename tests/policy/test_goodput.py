@@ -131,11 +131,37 @@ def test_a_slow_start_and_dear_probes_do_not_keep_it_at_zero() -> None:
 
 def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
     policy = build()
+    drafts = np.linspace(0.0, 0.8, len(policy.ladder))
     doubted = []
     for policy.steps in (0, 32, 3200):
-        doubted.append(float(policy._gain()[0]))
-        assert (policy._gain()[1:] == 1.0).all()
+        gain = policy._gain(drafts)
+        doubted.append(float(gain[0]))
+        assert (gain[1:] == 1.0).all()
     assert doubted == pytest.approx([0.8, 0.9, 0.998], abs=1e-3)
+    assert policy._gain(0.0 * drafts)[0] == 1.0  # drafts that bring nothing are given up at once
+
+
+def test_no_plan_leaps_beyond_twice_what_was_verified_so_far() -> None:
+    policy = build()
+    ids = [f"r{i}" for i in range(32)]
+    most = 0
+    for _ in range(12):
+        plan = policy.plan(ids)
+        wanted = len(ids) * (1 + plan.k)
+        assert wanted <= 2 * max(most, 3 * len(ids))
+        rounds = [Round(i, plan.k, plan.k, plan.k) for i in ids]
+        policy.observe(Step(rounds, plan.k, plan.k, 1e-2 * (1 + 0.01 * plan.k), len(ids), wanted))
+        most = max(most, wanted)
+    assert most >= 32 * 9  # and it does get there
+
+
+def test_a_lucky_probe_from_zero_is_learnt_from_at_once() -> None:
+    policy = build()
+    for _ in range(400):
+        policy._plain = Plan(0)
+        policy.observe(Step([Round("a", 0, 0, 0)], 0, 0, 1e-2, 1, 1))
+    policy.observe(Step([Round("a", 2, 2, 2)], 2, 2, 1e-2, 1, 3))
+    assert not policy._pending
 
 
 def test_a_plan_stands_until_half_of_the_requests_are_others(step_once: Once, monkeypatch: pytest.MonkeyPatch) -> None:
