@@ -37,6 +37,7 @@ SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
 WINDOW, KNOWN = 5, 3.0  # steps whose median says how slow the machine was just then, of sizes seen that often
+SEEDED, STEADY = 256.0, 4.0  # steps that a profile counts as; weight of its steady rows
 STAYS = 400.0  # steps in which the whole model follows
 SLOW = 0.15  # in log time: what is less is the model's own affair
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
@@ -85,6 +86,7 @@ class Cost:
         self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
         self.solve_at = 0
+        self.profiled = False  # and no live step was seen yet
         self.scales: list[float] = []
         self.last: list[float] = []  # residuals of the last steps of known sizes
         self.error = math.nan  # moving mean of |log(measured / predicted)|
@@ -156,6 +158,8 @@ class Cost:
         for wrong in np.abs(ratio - np.log(self._corrections(requests, verified)))[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
+        if self.profiled and self._compare_pace(ratio - np.log(self._corrections(requests, verified))):
+            return np.zeros(len(ratio))
         slow = self._slowness(requests, verified, ratio)
         ratio, seconds = ratio - slow, seconds * np.exp(-slow)
         if eager:
@@ -231,10 +235,37 @@ class Cost:
         self._believe(scale * w if w.any() else self.prior)
 
     def seed(self, rows: Iterable[Sequence[float]]) -> None:
-        """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before."""
-        for n, verified, steps, judged, context, seconds in rows:
-            self.observe([Timed(int(n), int(verified), int(steps), int(judged), int(context), float(seconds))])
-        self._solve()
+        """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before. That
+        tells the shape of the costs; it counts as a few steps, and the first live ones set the pace."""
+        if not (rows := [*rows]):
+            return
+        requests, verified, steps, judged, context, seconds = np.array(rows, float).T
+        x = features(requests, verified, steps, context, judged)
+        self.prior = PRIOR_SHARES * float(np.median(seconds / (x @ PRIOR_SHARES)))
+        # A length that stays what it is is what serving mostly runs.
+        often = np.where(verified == requests * (1.0 + steps), STEADY, 1.0)
+        trust, expected = np.ones(len(x)), seconds
+        for _ in range(8):  # outliers weigh less each time
+            weight = np.sqrt(often * trust * SEEDED / (often * trust).sum()) / NOISE
+            scaled = x * (weight / seconds)[:, None]
+            self.moment, self.target = scaled.T @ scaled, weight @ scaled
+            self._solve()
+            expected = np.maximum(x @ self.weights, SHORTEST)
+            trust = np.minimum(1.0, NOISE / np.maximum(np.abs(np.log(seconds / expected)), 1e-6))
+        self.seen = self.solve_at = EAGER
+        self._correct(requests, verified, np.log(seconds / expected))
+        self.bucket *= np.minimum(1.0, KNOWN / np.maximum(self.bucket[1], KNOWN))
+        for row in range(ROWS):
+            self._smooth(row)
+        self.profiled = True
+
+    def _compare_pace(self, residuals: Floats) -> bool:
+        """The first live steps behind a profile: what they all take longer is not the price of the sizes they are."""
+        self.last += residuals.tolist()
+        if len(self.last) >= WINDOW:
+            self._scale(math.exp(statistics.median(self.last)))
+            self.last, self.profiled = [], False
+        return True
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -247,6 +278,7 @@ class Cost:
             "solve_at": self.solve_at,
             "scales": list(self.scales),
             "last": list(self.last),
+            "profiled": self.profiled,
             "error": None if math.isnan(self.error) else self.error,
         }
 
@@ -260,4 +292,5 @@ class Cost:
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.scales = [float(x) for x in state["scales"]]
         self.last = [float(x) for x in state["last"]]
+        self.profiled = bool(state["profiled"])
         self.error = math.nan if state["error"] is None else float(state["error"])

@@ -125,3 +125,16 @@ def test_a_burst_of_slowness_is_not_the_price_of_the_sizes_that_ran_in_it() -> N
     expected = np.array([linear(8, 8 * (1 + int(x)), int(x)) for x in k])
     predicted = cost.predict(8, 8 * (1 + k), k)
     assert predicted / predicted[2] == pytest.approx(expected / expected[2], rel=0.1)
+
+
+def test_a_profile_gives_the_shape_and_the_first_live_steps_the_pace() -> None:
+    cost, k = Cost(), np.array([0.0, 1.0, 3.0, 8.0])
+    cost.seed([(n, n * (1 + d), d, 0, 0, linear(n, n * (1 + d), d)) for n in (1, 8, 32) for d in (0, 1, 3, 8)])
+    assert cost.known
+    for _ in range(8):  # today the machine takes half as long again, and only one length was drafted
+        cost.observe([Timed(8, 32, 3, 0, 0, 1.5 * linear(8, 32, 3))])
+    expected = np.array([1.5 * linear(8, 8 * (1 + int(d)), int(d)) for d in k])
+    assert cost.predict(8, 8 * (1 + k), k) == pytest.approx(expected, rel=0.03)
+    nothing = Cost()
+    nothing.seed([])
+    assert not nothing.known

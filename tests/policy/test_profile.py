@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nwor_vllm.errors import CorruptFileError, MissingError
@@ -20,7 +21,9 @@ def test_a_profile_read_back_starts_the_policy_warm(tmp_path: Path) -> None:
     assert read(path).about == {"machine": "x"}
     policy = make_policy("goodput", None, LADDER, str(path))
     assert isinstance(policy, Goodput)
-    assert policy.cost.seen == len(ROWS)
+    measured = [row[-1] for row in ROWS if row[0] == 4]
+    k = np.array([float(row[2]) for row in ROWS if row[0] == 4])
+    assert policy.cost.predict(4, 4 * (1 + k), k, 0.0, k) == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(
