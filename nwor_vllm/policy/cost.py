@@ -235,8 +235,8 @@ class Cost:
         self._believe(scale * w if w.any() else self.prior)
 
     def seed(self, rows: Iterable[Sequence[float]]) -> None:
-        """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before. That
-        tells the shape of the costs; it counts as a few steps, and the first live ones set the pace."""
+        """Start warm: (requests, verified tokens, draft steps, judged, context tokens, seconds) as measured before. It
+        tells the shape of the costs and counts as a few steps; the first live ones set the pace."""
         if not (rows := [*rows]):
             return
         requests, verified, steps, judged, context, seconds = np.array(rows, float).T
