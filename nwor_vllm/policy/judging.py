@@ -15,6 +15,7 @@ MEMORY = 400.0  # judged steps
 TRIAL = 12  # judged steps before the first verdict, and half of that after every wait
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
 SIGMAS = 1.0
+MARGIN = 0.02  # in log rate; what a step without judging takes is guessed, among judged ones, and guessed too high
 FIELDS = ("tried", "left", "wait", "mine", "plain", "weight", "scatter")
 
 
@@ -53,9 +54,9 @@ class Judging:
 
     def _judge(self) -> None:
         worth = math.log(self.plain / self.mine)
-        if worth + SIGMAS * math.sqrt(self.scatter) / self.weight < 0.0:
+        if worth + SIGMAS * math.sqrt(self.scatter) / self.weight < MARGIN:
             self.left, self.wait = self.wait, min(2 * self.wait, MAX_WAIT)
-        elif worth > 0.0:
+        elif worth > MARGIN:
             self.wait = FIRST_WAIT
 
     def _fade(self, k: float) -> None:
