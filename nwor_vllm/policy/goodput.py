@@ -199,7 +199,8 @@ class Goodput:
         """What each length's rate is multiplied by, where `drafts` of its tokens are drafts. The way back from zero is
         long: no first impression of the cost of drafts that bring something leads there."""
         doubt = DOUBT * DOUBTFUL / (self.steps + DOUBTFUL) * drafts.max()
-        return np.asarray(self.walkers.gain * np.where(self._rungs == 0, 1.0 - doubt, 1.0))
+        zero = (1.0 - doubt) / self.judging.advantage  # what is given up is the judged plan
+        return np.asarray(self.walkers.gain * np.where(self._rungs == 0, zero, 1.0))
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
         total = survival.sum(axis=0)

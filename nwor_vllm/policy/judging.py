@@ -30,6 +30,11 @@ class Judging:
     def on(self) -> bool:
         return self.left <= 0
 
+    @property
+    def advantage(self) -> float:
+        """How many times as fast as the plain plan judged steps are, as far as that is known; at least 1."""
+        return max(1.0, self.plain / self.mine) if self.on and self.weight >= TRIAL else 1.0
+
     def wait_on(self, n: int) -> None:
         """Steps have gone by."""
         if self.on:

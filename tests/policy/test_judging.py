@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from nwor_vllm.policy.judging import FIRST_WAIT, MAX_WAIT, TRIAL, Judging
+from nwor_vllm.policy.judging import FIRST_WAIT, MARGIN, MAX_WAIT, TRIAL, Judging
 
 
 def serve(judging: Judging, steps: int, mine: float, plain: float, noise: float = 0.1, seed: int = 0) -> int:
@@ -39,9 +39,19 @@ def test_it_comes_back_when_the_traffic_changes() -> None:
     assert judging.wait == FIRST_WAIT
 
 
-def test_what_is_equal_is_not_switched_off_for_good() -> None:
-    judged = [serve(Judging(), 4000, 1.0, 1.0, seed=seed) for seed in range(20)]
+def test_what_is_as_good_as_it_must_be_is_not_switched_off_for_good() -> None:
+    judged = [serve(Judging(), 4000, 1.0, 1.0 + MARGIN, seed=seed) for seed in range(20)]
     assert min(judged) > 100
+
+
+def test_the_advantage_is_told_only_while_judging_has_the_steps() -> None:
+    judging = Judging()
+    assert judging.advantage == 1.0
+    serve(judging, 200, 1.0, 1.2)
+    assert 1.15 < judging.advantage < 1.25
+    serve(judging, 800, 1.5, 1.0)
+    assert not judging.on
+    assert judging.advantage == 1.0
 
 
 def test_snapshot_continues_exactly() -> None:
