@@ -32,14 +32,15 @@ from nwor_vllm.policy.visits import Visits
 
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
-DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps that halves
+DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
+STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 SAMPLE = 64  # rows that say which is best
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "awake", "sees_confidence", "honoured", "rate", "ratio", "widest")
+SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "widest")
 PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
 
 
@@ -83,6 +84,7 @@ class Goodput:
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
         self.awake = 0  # steps since zero was the best length
+        self.fresh = 0.0  # steps that have shown what drafts cost, and are not long ago
         self.drafted = True  # in the step before those that are still to be learnt from
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
@@ -170,8 +172,7 @@ class Goodput:
 
     def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
         """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
-        lengths = self._lengths
-        full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs]
+        full, lengths = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs], self._lengths
         gain = self._gain(full / (n + full)) * (n * (1.0 + lengths) <= BOLD * max(self.widest, 3 * n, UNSEEN))
         seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
         rates = (n + full) / seconds
@@ -198,8 +199,7 @@ class Goodput:
     def _gain(self, drafts: Floats) -> Floats:
         """What each length's rate is multiplied by, where `drafts` of its tokens are drafts. The way back from zero is
         long: no first impression of the cost of drafts that bring something leads there."""
-        doubt = DOUBT * DOUBTFUL / (self.steps + DOUBTFUL) * drafts.max()
-        zero = (1.0 - doubt) / self.judging.advantage  # what is given up is the judged plan
+        zero = (1.0 - DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL) * drafts.max()) / self.judging.advantage
         return np.asarray(self.walkers.gain * np.where(self._rungs == 0, zero, 1.0))
 
     def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
@@ -226,6 +226,7 @@ class Goodput:
         self.steps += 1
         self.visits.done(step.k)
         self.widest = max(self.widest, step.verified_tokens)
+        self.fresh = min(self.fresh + 1.0, 4 * STALE) if step.draft_steps else self.fresh * (1.0 - 1.0 / STALE)
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
         if len(self._pending) >= min(

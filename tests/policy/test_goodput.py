@@ -133,7 +133,7 @@ def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
     policy = build()
     drafts = np.linspace(0.0, 0.8, len(policy.ladder))
     doubted = []
-    for policy.steps in (0, 32, 3200):
+    for policy.fresh in (0.0, 32.0, 3200.0):
         gain = policy._gain(drafts)
         doubted.append(float(gain[0]))
         assert (gain[1:] == 1.0).all()
