@@ -195,3 +195,14 @@ def test_no_kind_of_step_always_waits_for_a_lesson() -> None:
 def test_a_ladder_without_zero_is_kept_to(step_once: Once) -> None:
     rng, policy = np.random.default_rng(0), make_policy("goodput", None, (1, 3, 5))
     assert {step_once(policy, ["a"], [[0.5] * 5], rng).k for _ in range(200)} <= {1, 3, 5}
+
+
+def test_the_doubt_about_zero_comes_back_where_nobody_drafts() -> None:
+    policy = build()
+    drafts = np.linspace(0.0, 0.8, len(policy.ladder))
+    for _ in range(2000):
+        policy.observe(Step([Round("a", 3, 3, 2)], 3, 3, 1.3e-2, 1, 4))
+    assert policy._gain(drafts)[0] > 0.98
+    for _ in range(1500):
+        policy.observe(Step([Round("a", 0, 0, 0)], 0, 0, 1e-2, 1, 1))
+    assert policy._gain(drafts)[0] < 0.85
