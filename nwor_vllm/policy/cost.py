@@ -193,11 +193,11 @@ class Cost:
         told = self.last + (ratio - np.log(self.correction[rows, cells]))[known].tolist()
         at = len(self.last) + np.add.accumulate(known) - known  # of each step, among those that tell
         self.last = told[1 - WINDOW :]
-        if len(told) < WINDOW:
+        if len(told) < WINDOW or self.seen < EAGER:  # a process's first steps are slow: no pace to hold others against
             return np.zeros(len(ratio))
         medians = np.median(np.lib.stride_tricks.sliding_window_view(told, WINDOW), axis=1)
         found = medians[np.minimum(np.maximum(at - WINDOW // 2, 0), len(medians) - 1)]
-        return np.where(np.abs(found) > SLOW, found, 0.0)
+        return np.where(found > SLOW, found, 0.0)  # what is faster than ever is news
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats) -> None:
         touched = set()
