@@ -148,9 +148,24 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             scheduler_output.num_invalid_spec_tokens = invalid
         self.nwor_rounds = []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.nwor_end_texts(outputs)
         if scheduler_output.num_scheduled_tokens:
             self.nwor_observe(scheduler_output, report)
         return outputs
+
+    def nwor_end_texts(self, outputs: Mapping[int, Any]) -> None:
+        """Drafts beyond a text's end were accepted in vain: long ones would look better than they are."""
+        ended = {
+            out.request_id: len(out.new_token_ids)
+            for client in outputs.values()
+            for out in client.outputs
+            if out.finish_reason is not None
+        }
+        for i, done in enumerate(self.nwor_rounds) if ended else ():
+            tokens = ended.get(done.request_id)
+            if tokens is not None and tokens <= done.accepted:
+                verified = min(done.verified, tokens - 1)
+                self.nwor_rounds[i] = dataclasses.replace(done, verified=verified, accepted=tokens - 1)
 
     def nwor_observe(self, step: Any, report: DraftReport | None) -> None:
         now = time.perf_counter()
@@ -178,6 +193,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             context_tokens=sum([r.num_computed_tokens for r in self.running]),
             prefill_tokens=max(step.total_num_scheduled_tokens - trimmed - verified, 0),
             judged_steps=draft_steps if report is not None and report.confidence else 0,
+            prompts=len(tokens) - decoding,
         )
         self.nwor_policy.observe(measured)
         self.nwor_thought = time.perf_counter() - now

@@ -59,7 +59,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One request's finished round. Positions after `accepted` + 1 were not observed (the rejection censors them)."""
+    """One request's finished round. Positions after `accepted` + 1 were not observed (the rejection censors them), and
+    what lies beyond a text's end is neither verified nor accepted."""
 
     request_id: str
     drafted: int  # proposed by the drafter, before trimming
@@ -81,6 +82,7 @@ class Step:
     context_tokens: int = 0  # sum of context lengths
     prefill_tokens: int = 0  # prompt tokens that the step computed beside its rounds
     judged_steps: int = 0  # draft forwards whose confidence was read
+    prompts: int = 0  # requests that had no round in it, as their prompt was computed
 
 
 class Policy(Protocol):

@@ -158,7 +158,8 @@ class Cost:
         for wrong in np.abs(ratio - np.log(self._corrections(requests, verified)))[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
-        if self.profiled and self._compare_pace(ratio - np.log(self._corrections(requests, verified))):
+        if self.profiled:
+            self._compare_pace(ratio - np.log(self._corrections(requests, verified)))
             return np.zeros(len(ratio))
         slow = self._slowness(requests, verified, ratio)
         ratio, seconds = ratio - slow, seconds * np.exp(-slow)
@@ -259,13 +260,12 @@ class Cost:
             self._smooth(row)
         self.profiled = True
 
-    def _compare_pace(self, residuals: Floats) -> bool:
+    def _compare_pace(self, residuals: Floats) -> None:
         """The first live steps behind a profile: what they all take longer is not the price of the sizes they are."""
         self.last += residuals.tolist()
         if len(self.last) >= WINDOW:
             self._scale(math.exp(statistics.median(self.last)))
             self.last, self.profiled = [], False
-        return True
 
     def snapshot(self) -> dict[str, Any]:
         return {

@@ -2,8 +2,8 @@
 loss.
 
 A step with draft length K yields N + sum over requests and j <= K of S_rj tokens and takes T(N, tokens, K) seconds;
-the best K maximises their ratio, lambda. At that price one draft step must bring lambda * c_draft tokens and one
-verified slot lambda * c_verify: requests whose survival falls below the slot's price are capped, and the drafter
+the best K maximises their ratio (`choice.py`). At that price, lambda, one draft step must bring lambda * c_draft tokens
+and one verified slot lambda * c_verify: requests whose survival falls below the slot's are capped, and the drafter
 stops by the same prices on its own calibrated confidence. See docs/policies.md.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from nwor_vllm.errors import ConfigError
 from nwor_vllm.policy.base import Plan, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
+from nwor_vllm.policy.choice import Chooser
 from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen, thinned
 from nwor_vllm.policy.guard import POLICY, Guard
@@ -35,9 +36,7 @@ LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same ki
 DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
 STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
-SAMPLE = 64  # rows that say which is best
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
-TRIMS = np.array([0.0, 0.5, 1.0, 2.0])  # prices of a verified slot that are tried, over the slope of the cost there
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
 SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "widest")
@@ -73,13 +72,13 @@ class Goodput:
         self.params, self.ladder = params, tuple(ladder)
         self.k_max = max(self.ladder)
         self._rungs = np.array(self.ladder, np.int64)
-        self._lengths = self._rungs.astype(float)
         self.slots = Slots()
         self.cost = Cost()
         self.guard = Guard(self.ladder)
         self.judging = Judging()
         self.visits = Visits(self.ladder, params.probe_interval, params.cost_interval)
         self.walkers = Walkers(self._rungs)
+        self.chooser = Chooser(self._rungs, self.cost, self.walkers)
         self.survival = Survival(max(1, self.k_max), params.spread, params.keep, params.memory)
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
@@ -88,9 +87,8 @@ class Goodput:
         self.drafted = True  # in the step before those that are still to be learnt from
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
-        self.rate, self.ratio = 0.0, 1.0  # lambda in tokens per second; achieved over predicted
+        self.rate, self.ratio = 0.0, 1.0  # tokens per second; achieved over predicted
         self.widest = 0  # verified tokens of a step so far
-        self._own = self.k_max  # the best length of rounds that start where this policy's do
         self.price = Price()
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
@@ -136,19 +134,25 @@ class Goodput:
         """The plan that uses the drafter's confidence, and the one that does without."""
         n = len(rows := self._rows(requests))
         survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
-        k, rate, price = self._best(n, survival, context)
-        self.rate = rate * self.ratio
+        # The way back from zero is long: no first impression of the cost of drafts that bring something leads there.
+        doubt = DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL)
+        most = BOLD * max(self.widest, 3 * n, UNSEEN)
+        found = self.chooser.choose(survival, context, self.params.per_request, most, doubt, self.judging.advantage)
+        self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[found.own]
+        worth = found.worth * self.ratio
         if k == 0:
             return Plan(0, watch=False), Plan(0, watch=False)
-        plain = Plan(k, self._caps(requests, survival, k, price), watch=False)
+        plain = Plan(k, self._caps(requests, survival, k, found.price), watch=False)
         if not self.params.confidence:
             return plain, plain
         if not self.sees_confidence:
             return Plan(k, plain.caps), plain
-        price = self.price.value if self.price.known else self.rate * self.cost.verify_slot(n, n * (1.0 + k), context)
-        stop = self._stop_rule(survival, n, price)
+        price = self.price.value
+        if not self.price.known:
+            price = worth * self.cost.verify_slot(n, n * (1.0 + k), context)
+        stop = self._stop_rule(survival, n, price, worth)
         if self.honoured > 0.5:  # the rule ends the step; with many requests their luck averages out
-            k = self.k_max if n <= FEW else next((r for r in self.ladder if r > self._own), self._own)
+            k = self.k_max if n <= FEW else next((r for r in self.ladder if r > own), own)
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
@@ -165,51 +169,20 @@ class Goodput:
             self._learn()
         rows, fresh = self.slots.rows(requests)
         if fresh:
+            self.walkers.begun += len(fresh)
             for kept in (self.survival.effects, self.calibration.effects, self.walkers):
                 kept.fit(self.slots.size)
                 kept.reset(fresh)
         return rows
 
-    def _best(self, n: int, survival: Floats, context: int) -> tuple[int, float, float]:
-        """The best rung, its rate, and the survival that a verified slot must have, when nothing is judged."""
-        full, lengths = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self._rungs], self._lengths
-        gain = self._gain(full / (n + full)) * (n * (1.0 + lengths) <= BOLD * max(self.widest, 3 * n, UNSEEN))
-        seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
-        rates = (n + full) / seconds
-        self._own = self.ladder[int(rates.argmax())]
-        rates *= gain
-        best = int(rates.argmax())
-        k, rate = self.ladder[best], float(rates[best])
-        if not self.params.per_request or n == 1 or k == 0:
-            return k, rate, 0.0
-        # Trimming must pay as a whole: where verification is free up to a size, a slope across its end says nothing.
-        prices = rate * self.cost.verify_slot(n, n * (1.0 + k), context) * TRIMS
-        some = survival[:: max(1, n // SAMPLE)]
-        worth = some >= prices[:, None, None]
-        sums = np.zeros((2, len(TRIMS), self.k_max + 1))
-        sums[0, :, 1:], sums[1, :, 1:] = (some * worth).sum(axis=1), worth.sum(axis=1)
-        kept, slots = np.add.accumulate(sums, axis=2)[:, :, self._rungs] * (n / len(some))
-        seconds = self.cost.predict(n, n + slots, np.broadcast_to(lengths, slots.shape), context)
-        rates = (n + kept) / np.maximum.accumulate(seconds, axis=1)
-        self._own = self.ladder[int(rates.argmax()) % len(lengths)]
-        rates *= gain
-        trim, best = divmod(int(rates.argmax()), len(lengths))
-        return self.ladder[best], float(rates[trim, best]), float(prices[trim])
-
-    def _gain(self, drafts: Floats) -> Floats:
-        """What each length's rate is multiplied by, where `drafts` of its tokens are drafts. The way back from zero is
-        long: no first impression of the cost of drafts that bring something leads there."""
-        zero = (1.0 - DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL) * drafts.max()) / self.judging.advantage
-        return np.asarray(self.walkers.gain * np.where(self._rungs == 0, zero, 1.0))
-
-    def _stop_rule(self, survival: Floats, n: int, verify: float) -> StopRule:
+    def _stop_rule(self, survival: Floats, n: int, verify: float, worth: float) -> StopRule:
         total = survival.sum(axis=0)
         hazard = np.append(total[:1] / n, total[1:] / np.maximum(total[:-1], 1e-9))
         hazard = np.minimum(np.maximum(hazard, 1e-4), 1 - 1e-4)
         odds = np.log(hazard / (1.0 - hazard)) + self.calibration.following
         return StopRule(
             verify_cost=min(verify, 0.95),
-            draft_cost=self.rate * self.cost.draft_step(n),
+            draft_cost=worth * self.cost.draft_step(n),
             calibration=tuple(map(tuple, self.calibration.weights.tolist())),
             hazard=tuple((1.0 / (1.0 + np.exp(-odds))).tolist()),
         )
@@ -237,6 +210,7 @@ class Goodput:
     def _learn(self) -> None:
         """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
         seen, self._pending, self._decided = self._pending, [], None
+        self.walkers.prompts += sum([s.step.prompts for s in seen])
         before = [self.drafted, *(s.step.draft_steps > 0 for s in seen)]
         self.drafted = before[-1]
         # The first draft after a pause also feeds the drafter what it missed.
@@ -264,7 +238,7 @@ class Goodput:
             self.calibration.learn_following(history, predicted, np.minimum(batch.drafted, batch.shown), batch.verified)
             self._check_honour(seen[-1], batch.confidence[batch.starts[-2] :])
             if self.params.per_request:
-                self.price.learn(seen, batch, predicted, self.cost)
+                self.price.learn(seen, batch, predicted, self.cost, self.walkers.overhead)
             self.calibration.observe(rows, groups, batch.verified, batch.accepted, batch.confidence)
         self.survival.observe(rows, groups, batch.verified, batch.accepted, soft)
         self._compare(seen, batch, rounds_of(self.walkers, rows, batch, history, soft, stride))
@@ -313,11 +287,11 @@ class Goodput:
             self._let_go()
 
     def _let_go(self) -> None:
-        for request_id in self._over:
-            row = self.slots.forget(request_id)
-            if row is not None:
-                self.walkers.end(row)
-        self._over = []
+        over, self._over = self._over, []
+        rows = [row for row in map(self.slots.forget, over) if row is not None]
+        if rows:
+            for kept in (self.survival.effects, self.calibration.effects, self.walkers):
+                kept.end(rows)
 
     # State
 

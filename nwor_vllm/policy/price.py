@@ -21,8 +21,9 @@ class Price:
         self.known = False
         self.value = 0.0
 
-    def learn(self, seen: Sequence[Seen], batch: Batch, predicted: Floats, cost: Cost) -> None:
-        """Move to the threshold that would have served the newest steps best. `predicted`: calibrated confidences."""
+    def learn(self, seen: Sequence[Seen], batch: Batch, predicted: Floats, cost: Cost, overhead: float) -> None:
+        """Move to the threshold that would have served the newest steps best. `predicted`: calibrated confidences;
+        `overhead`: steps without a round that come with each token."""
         first = min(int(np.searchsorted(batch.starts, batch.starts[-1] - SAMPLE)), len(seen) - 1)
         cut = np.minimum(batch.starts[first:], batch.starts[first] + SAMPLE)
         shown, begin = batch.shown[cut[0] : cut[-1]], cut[:-1] - cut[0]
@@ -36,7 +37,9 @@ class Price:
         steps = [seen[first + i].step for i in judged.tolist()]
         columns = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
         n, drafts, context = (np.broadcast_to(x, kept.shape) for x in columns)
-        rates = (n * (1.0 + kept)).sum(axis=1) / cost.predict(n, n * (1.0 + slots), drafts, context, drafts).sum(axis=1)
+        tokens = (n * (1.0 + kept)).sum(axis=1)
+        seconds = cost.predict(n, n * (1.0 + slots), drafts, context, drafts).sum(axis=1)
+        rates = tokens / (seconds * (1.0 + overhead * tokens / columns[0].sum()))
         self._move(TRIED[rates >= rates.max() * (1.0 - 1e-9)])
 
     def _move(self, good: Floats) -> None:

@@ -11,6 +11,9 @@ from nwor_vllm.policy.stop import Floats, Ints
 
 SCRATCH = 0  # the row of rounds whose request is not known (any more): starts from the prior every time
 START = 64
+BELIEVED = 4.0  # requests that the configured spread counts as
+FADE = 1.0 - 1.0 / 200.0
+LEAST_SHARE = 0.05  # of the configured variance
 
 
 class Slots:
@@ -72,10 +75,13 @@ class Groups:
 
 
 class Effects:
-    """Per row an offset in log-odds: N(0, spread^2) at first, then filtered, falling back to it at rate 1 - keep."""
+    """Per row an offset in log-odds: N(0, prior) at first, then filtered, falling back to it at rate 1 - keep. How much
+    requests differ is learnt from those that end: where they are alike, luck must not tell them apart."""
 
     def __init__(self, spread: float, keep: float) -> None:
         self.prior, self.keep = spread * spread, keep
+        self.least = LEAST_SHARE * self.prior
+        self.apart, self.told = BELIEVED * self.prior, BELIEVED  # sums that make the prior
         self.mean: Floats = np.zeros(START)
         self.var: Floats = np.full(START, self.prior)
 
@@ -88,6 +94,15 @@ class Effects:
     def reset(self, rows: Sequence[int]) -> None:
         self.mean[rows] = 0.0
         self.var[rows] = self.prior
+
+    def end(self, rows: Sequence[int]) -> None:
+        """These requests are over: their own offsets, less what luck would make of them, tell how requests differ."""
+        mean, var = self.mean[rows], self.var[rows]
+        share = np.maximum(1.0 - var / self.prior, 0.0)  # of its offset that a request could show
+        fade = FADE ** len(rows)
+        self.apart = fade * self.apart + float((mean * mean - share * var).sum())
+        self.told = fade * self.told + float((share * share).sum())
+        self.prior = max(self.apart / self.told, self.least)
 
     def update(self, groups: Groups, residual: Floats, information: Floats) -> None:
         """One filter step: `residual` is the sum of outcome minus expectation, `information` the sum of p (1 - p)."""

@@ -22,6 +22,7 @@ from nwor_vllm.policy.stop import Floats, Ints
 
 MEMORY = 1000.0  # rounds behind `gain`
 PRIOR_ROUNDS = 10.0  # at which half of it is believed
+NUMBERS = ("begun", "prompts", "over", "tokens", "count", "waits")
 
 
 class Compared(NamedTuple):
@@ -45,7 +46,10 @@ class Walkers:
         self.part: Floats = np.zeros((START, len(rungs) + 1))  # of that round, as counted
         self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
         self.ended: Floats = np.zeros(len(rungs) + 1)  # the rest of the rounds that requests were in at their ends
+        self.begun = self.prompts = 0  # requests, and the steps that they spent in their prompts
+        self.over = 0  # requests that have ended since the last walk
         self.tokens = self.count = 0.0  # discounted: what was walked, and the rounds that did
+        self.waits = 0.0  # and the steps that those who ended had spent in their prompts
         self.rounds: Floats = np.zeros(len(rungs))  # what every length would have needed for it
         self.kept: Floats = np.zeros(len(rungs))  # and what it would have had in rounds that start where these did
         self.gain: Floats = np.ones(len(rungs))
@@ -62,9 +66,21 @@ class Walkers:
         self.part[rows] = 0.0
         self.owed[rows] = 0.0
 
-    def end(self, row: int) -> None:
-        """The request of `row` is over: so are the rounds it was in."""
-        self.ended += np.ceil(self.part[row]) - self.part[row]
+    def end(self, rows: Sequence[int]) -> None:
+        """The requests of `rows` are over: so are the rounds they were in."""
+        part = self.part[rows]
+        self.ended += (np.ceil(part) - part).sum(axis=0)
+        self.over += len(rows)
+
+    @property
+    def overhead(self) -> float:
+        """Steps without a round that come with each token: the more a round brings, the more of the time they are."""
+        return self.waits / self.tokens if self.tokens else 0.0
+
+    def waited(self, stride: int) -> float:
+        """Steps in their prompts of those requests, of which one in `stride` is walked, that have ended."""
+        over, self.over = self.over, 0
+        return over * self.prompts / max(self.begun, 1) / stride
 
     def walk(self, rows: Ints, tokens: Ints, hard: Floats, plain: Ints) -> Floats:
         """Rounds that every alternative needs where `rows`, several times if need be, move on by `tokens` each, the
@@ -102,8 +118,9 @@ class Walkers:
         self.reset([SCRATCH])
         return np.asarray(rounds)
 
-    def learn(self, tokens: float, count: int, rounds: Floats, kept: Floats) -> None:
+    def learn(self, tokens: float, count: int, rounds: Floats, kept: Floats, waits: float) -> None:
         fade = math.exp(-count / MEMORY)
+        self.waits = fade * self.waits + waits
         self.tokens = fade * self.tokens + tokens
         self.count = fade * self.count + count
         self.rounds = fade * self.rounds + rounds
@@ -116,21 +133,22 @@ class Walkers:
             self.gain = np.minimum(np.maximum(found, 0.25), 4.0) ** (self.count / (self.count + PRIOR_ROUNDS))
 
     def snapshot(self) -> dict[str, Any]:
-        names = ("at", "part", "owed", "ended", "rounds", "kept")
-        return {name: getattr(self, name).tolist() for name in names} | {"tokens": self.tokens, "count": self.count}
+        arrays = {name: getattr(self, name).tolist() for name in ("at", "part", "owed", "ended", "rounds", "kept")}
+        return arrays | {name: getattr(self, name) for name in NUMBERS}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.at = np.array(state["at"], np.int64)
         for name in ("part", "owed", "ended", "rounds", "kept"):
             setattr(self, name, np.array(state[name], float))
-        self.tokens, self.count = float(state["tokens"]), float(state["count"])
+        for name in NUMBERS:
+            setattr(self, name, type(getattr(self, name))(state[name]))
         self.gain = np.ones(len(self.rounds))
         self._gain()
 
 
 def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft: Floats, stride: int = 1) -> Floats:
-    """Rounds of every alternative for each one that was run, of requests whose row is a multiple of `stride`. `soft` is
-    the calibrated confidence of what cut a row."""
+    """Steps of every alternative for each one that was run, of requests whose row is a multiple of `stride`: rounds,
+    and those in prompts, which all have. `soft` is the calibrated confidence of what cut a row."""
     verified, accepted, index = batch.verified, batch.accepted, np.arange(history.shape[1])
     beyond = history[batch.every, np.minimum(verified, len(index) - 1)]
     beyond = np.where(np.isnan(soft), beyond, soft)
@@ -150,8 +168,9 @@ def rounds_of(walkers: Walkers, rows: Ints, batch: Batch, history: Floats, soft:
     chance[told, verified[told]] = beyond[told]
     kept = (index < accepted[:, None]) + np.multiply.accumulate(chance, axis=1) * cut
     total = np.append(0.0, np.add.accumulate(kept.sum(axis=0)))[walkers.widths - 1]
-    walkers.learn(float(accepted.sum() + len(rows)), len(rows), rounds[:-1], len(rows) + total)
-    return rounds / len(rows)
+    waits = walkers.waited(stride)
+    walkers.learn(float(accepted.sum() + len(rows)), len(rows), rounds[:-1], len(rows) + total, waits)
+    return np.asarray((rounds + waits) / (len(rows) + waits))
 
 
 def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost: Cost) -> Compared:

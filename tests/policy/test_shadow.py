@@ -52,7 +52,7 @@ def test_a_request_that_ends_within_a_round_has_needed_all_of_it() -> None:
     walkers, one = Walkers(RUNGS), np.array([1])
     first = walkers.walk(one, np.array([3]), np.zeros(1), np.array([PLAIN]))
     assert first[RUNGS.tolist().index(5)] == pytest.approx(0.5)  # three of six tokens
-    walkers.end(1)
+    walkers.end([1])
     walkers.reset([1])
     rest = walkers.walk(np.array([2]), np.array([1]), np.ones(1), np.array([PLAIN]))
     assert (first + rest).tolist() == [4, 3, 2, 2, 2, 2, 2, 2]

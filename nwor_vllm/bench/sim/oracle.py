@@ -54,6 +54,7 @@ def best_rule(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
     kept = np.minimum(sure, caps).reshape(-1, sure.shape[1])  # [rules, positions of the trace]
     drafted = np.minimum(sure + 1, caps).reshape(kept.shape)  # the one that fell short was drafted too
     at = np.tile(lanes.first, (len(kept), 1))
+    time = times(curve, n, trace.k_max, True)
     tokens, seconds = np.zeros((2, len(kept)))
     every = np.arange(len(kept))
     while len(every):
@@ -61,7 +62,7 @@ def best_rule(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
         place = every[:, None], lanes.position[here]
         verified, steps = kept[place], drafted[place].max(axis=1)
         gain = np.minimum(lanes.kept[here], verified) + 1
-        seconds[every] += curve.seconds(n, n + verified.sum(axis=1), steps, steps)
+        seconds[every] += time[verified.sum(axis=1), steps]
         tokens[every] += gain.sum(axis=1)
         here = here + gain
         at[every] = np.where(here >= lanes.last, lanes.first, here)
@@ -90,6 +91,12 @@ def least_time(trace: Trace, price: Floats) -> Floats:
     rows, columns = np.nonzero(inside & (np.arange(longest + 1) > 0))
     out[at[rows, columns]] = rest[rows, columns + k_max]
     return out
+
+
+def times(curve: Curve, n: int, k_max: int, judged: bool) -> Floats:
+    """[drafts verified, draft steps]: what every step of n requests can take."""
+    steps = np.arange(k_max + 1)
+    return np.asarray(curve.seconds(n, n + np.arange(n * k_max + 1)[:, None], steps, steps * judged), float)
 
 
 def prices(curve: Curve, n: int, k_max: int) -> Floats:
@@ -159,15 +166,15 @@ def clairvoyant(load: Load, curve: Curve) -> float:
             slots.append(slot)
     valuations.append(least_time(load.trace, flat / n))
     slots.append(verify[1])
-    worth, rate = np.ones(len(slots)), 0.0
-    for _ in range(2):
-        reached, worth = _walk(load, curve, np.array(valuations), np.array(slots), worth)
-        rate = max(rate, float(reached.max()))
-    return rate
+    left, price = np.array(valuations), np.array(slots)
+    _, worth = _walk(load, curve, left, price, np.ones(len(slots)), load.tokens // 4)
+    reached, _ = _walk(load, curve, left, price, worth, load.tokens)
+    return float(reached.max())
 
 
-def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats) -> tuple[Floats, Floats]:
-    """Rates reached, and work done per second, by valuation: each step maximises work - worth * seconds."""
+def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats, most: int) -> tuple[Floats, Floats]:
+    """Rates reached, and work done per second, by valuation, in `most` tokens: each step maximises work - worth *
+    seconds."""
     trace, lanes, n = load.trace, Lanes(load), load.batch
     depths = np.arange(trace.k_max + 1)
     end = np.repeat(trace.starts[1:], np.diff(trace.starts))
@@ -183,6 +190,7 @@ def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats) 
     choice = np.maximum.accumulate(np.where(fresh, depths, 0), axis=2)
     used = np.take_along_axis(np.broadcast_to(reach, net.shape), choice, axis=2).astype(np.int16)
     gain = np.take_along_axis(gain, choice, axis=2)
+    table = times(curve, n, trace.k_max, False)
     count, every = len(left), np.arange(len(left))
     at = np.tile(lanes.first, (count, 1))
     tokens, seconds, work = np.zeros((3, count))
@@ -190,7 +198,7 @@ def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats) 
         position = lanes.position[at[every]]
         verified, value = used[every[:, None], position], gain[every[:, None], position]
         total = verified.sum(axis=1, dtype=np.int64)
-        time = np.asarray(curve.seconds(n, n + total, depths), float)
+        time = table[total, depths]
         value = value.sum(axis=1)
         best = np.argmax(value - worth[every, None] * time, axis=1)
         rows = np.arange(len(every))
@@ -200,7 +208,7 @@ def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats) 
         work[every] += value[rows, best]
         moved = at[every] + taken
         at[every] = np.where(moved >= lanes.last, lanes.first, moved)
-        every = every[tokens[every] < load.tokens]
+        every = every[tokens[every] < most]
     return tokens / seconds, work / seconds
 
 

@@ -167,6 +167,9 @@ def replay_tables(load: Load, curve: Curve, tables: Sequence[Mapping[int, int]])
     count, n = len(tables), load.clients
     sizes = np.array(sorted(tables[0]))
     table = np.array([[t[int(s)] for s in sizes] for t in tables])
+    sizes_in = np.arange(1, n + 1)  # requests that may be running
+    lengths = table[:, np.abs(sizes_in[:, None] - sizes).argmin(axis=1)]
+    price = np.asarray(curve.seconds(sizes_in, sizes_in * (1 + lengths), lengths), float)
     at = np.tile(lanes.first, (count, 1))
     active = np.tile(np.arange(n) < load.size(0), (count, 1))
     tokens, steps, rounds = np.zeros((3, count), np.int64)
@@ -175,9 +178,9 @@ def replay_tables(load: Load, curve: Curve, tables: Sequence[Mapping[int, int]])
     while len(every):
         here, on = at[every], active[every]
         running = on.sum(axis=1)
-        k = table[every, np.abs(running[:, None] - sizes).argmin(axis=1)]
+        k = lengths[every, running - 1]
         gain = (np.minimum(lanes.kept[here], k[:, None]) + 1) * on
-        seconds[every] += curve.seconds(running, running * (1 + k), k)
+        seconds[every] += price[every, running - 1]
         tokens[every] += gain.sum(axis=1)
         steps[every] += 1
         rounds[every] += running
