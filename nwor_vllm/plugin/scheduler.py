@@ -148,26 +148,27 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             scheduler_output.num_invalid_spec_tokens = invalid
         self.nwor_rounds = []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.nwor_end_texts(outputs)
         if scheduler_output.num_scheduled_tokens:
-            self.nwor_observe(scheduler_output, report)
+            self.nwor_observe(scheduler_output, report, self.nwor_within(outputs))
         return outputs
 
-    def nwor_end_texts(self, outputs: Mapping[int, Any]) -> None:
-        """Drafts beyond a text's end were accepted in vain: long ones would look better than they are."""
+    def nwor_within(self, outputs: Mapping[int, Any]) -> list[Round]:
+        """The rounds without what lies beyond a text's end: accepted in vain, it makes long drafts look better."""
         ended = {
             out.request_id: len(out.new_token_ids)
             for client in outputs.values()
             for out in client.outputs
             if out.finish_reason is not None
         }
-        for i, done in enumerate(self.nwor_rounds) if ended else ():
+        rounds = list(self.nwor_rounds)
+        for i, done in enumerate(rounds) if ended else ():
             tokens = ended.get(done.request_id)
             if tokens is not None and tokens <= done.accepted:
-                verified = min(done.verified, tokens - 1)
-                self.nwor_rounds[i] = dataclasses.replace(done, verified=verified, accepted=tokens - 1)
+                last = max(tokens - 1, 0)
+                rounds[i] = dataclasses.replace(done, verified=min(done.verified, last), accepted=last)
+        return rounds
 
-    def nwor_observe(self, step: Any, report: DraftReport | None) -> None:
+    def nwor_observe(self, step: Any, report: DraftReport | None, within: list[Round]) -> None:
         now = time.perf_counter()
         start = self.nwor_ended if self.nwor_busy else max(self.nwor_ended, self.nwor_started)
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
@@ -195,7 +196,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             judged_steps=draft_steps if report is not None and report.confidence else 0,
             prompts=len(tokens) - decoding,
         )
-        self.nwor_policy.observe(measured)
+        self.nwor_policy.observe(dataclasses.replace(measured, rounds=within))
         self.nwor_thought = time.perf_counter() - now
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset

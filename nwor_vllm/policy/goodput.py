@@ -45,7 +45,7 @@ PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price"
 
 @dataclass(frozen=True)
 class GoodputParams:
-    spread: float = 1.0  # how much requests differ, in log-odds of acceptance (standard deviation of the prior)
+    spread: float = 1.0  # how much requests differ at first, in log-odds of acceptance (standard deviation)
     keep: float = 0.98  # how much of a request's own offset survives each round; 1 = requests never change
     memory: float = 150.0  # rounds' worth of evidence behind the shared hazards and calibration before old rounds fade
     per_request: bool = True  # cap requests whose drafts do not pay for their verification
@@ -134,10 +134,9 @@ class Goodput:
         """The plan that uses the drafter's confidence, and the one that does without."""
         n = len(rows := self._rows(requests))
         survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
-        # The way back from zero is long: no first impression of the cost of drafts that bring something leads there.
-        doubt = DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL)
         most = BOLD * max(self.widest, 3 * n, UNSEEN)
-        found = self.chooser.choose(survival, context, self.params.per_request, most, doubt, self.judging.advantage)
+        trims = self.params.per_request
+        found = self.chooser.choose(survival, context, trims, most, self._doubt(), self.judging.advantage)
         self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[found.own]
         worth = found.worth * self.ratio
         if k == 0:
@@ -156,6 +155,10 @@ class Goodput:
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
+
+    def _doubt(self) -> float:
+        """The way back from zero is long: no first impression of the cost of good drafts leads there."""
+        return DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL)
 
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:

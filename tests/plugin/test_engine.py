@@ -142,6 +142,26 @@ def test_the_policys_own_time_is_not_the_engines(engine, token_prompts, monkeypa
     assert control.snapshot(engine)["counters"]["step_seconds"] > 0.15 * (len(seen) - 2)
 
 
+def test_what_the_policy_sees_ends_where_texts_do(engine, token_prompts, monkeypatch):
+    """Every token of a text is its prompt's first or a round's; drafts beyond its end were accepted in vain."""
+    from nwor_vllm.bench.backends import vllm as backend
+
+    backend.switch(engine, RULES[0])
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    seen, observe = [], scheduler.nwor_policy.observe
+    monkeypatch.setattr(scheduler.nwor_policy, "observe", lambda step: seen.append(step) or observe(step))
+    outputs = backend.generate(engine, token_prompts, **GREEDY)
+    rounds = [r for step in seen for r in step.rounds]
+    made = sum(r.accepted + 1 for r in rounds)
+    undrafted = sum(step.requests - len(step.rounds) for step in seen)
+    assert made + undrafted == sum(map(len, outputs)) - len(outputs)
+    counted = backend.counters(engine)
+    assert counted["accepted_tokens"] > sum(r.accepted for r in rounds)  # the engine's own count has them
+    assert all(r.accepted <= r.verified <= r.drafted for r in rounds)
+    # Sixteen prompts, some of them in pieces: 64 tokens a step are for all.
+    assert len(outputs) <= sum(step.prompts for step in seen) <= 2 * len(outputs)
+
+
 WRONG = [
     ({"policy": "goodputt"}, "did you mean 'goodput'"),
     ({"policy": 3}, "policy is 3; expected str"),

@@ -58,6 +58,17 @@ def test_a_request_that_ends_within_a_round_has_needed_all_of_it() -> None:
     assert (first + rest).tolist() == [4, 3, 2, 2, 2, 2, 2, 2]
 
 
+def test_requests_that_have_ended_have_spent_steps_in_their_prompts() -> None:
+    walkers = Walkers(RUNGS)
+    walkers.begun, walkers.prompts = 10, 25  # long prompts come in pieces
+    walkers.end([1, 2, 3, 4])
+    assert walkers.waited(stride=2) == pytest.approx(4 * 2.5 / 2)
+    assert walkers.waited(stride=2) == 0.0
+    assert walkers.overhead == 0.0
+    walkers.learn(100.0, 30, np.full(len(RUNGS), 30.0), np.full(len(RUNGS), 90.0), waits=5.0)
+    assert walkers.overhead == pytest.approx(0.05)
+
+
 def test_what_may_be_hard_counts_as_often_as_it_is() -> None:
     """Rounds of one kept draft each; the target's token after it was never drafted: one in four would be rejected."""
     walkers, total = Walkers(RUNGS), np.zeros(len(RUNGS) + 1)

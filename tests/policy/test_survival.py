@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nwor_vllm.policy.calibration import Calibration
-from nwor_vllm.policy.requests import Groups
+from nwor_vllm.policy.requests import Effects, Groups
 from nwor_vllm.policy.survival import Survival
 
 TRUTH = np.array([0.85, 0.75, 0.6, 0.5, 0.4])
@@ -70,6 +70,22 @@ def test_a_request_learns_its_own_offset() -> None:
     good, poor = survival.hazards(rows)[:, 0]
     assert good > 0.8
     assert poor < 0.45
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.5, 1.5])
+def test_how_much_requests_differ_is_learnt_from_those_that_end(truth: float) -> None:
+    rng, spread = np.random.default_rng(4), 1.0
+    effects = Effects(spread, keep=1.0)
+    rows = np.arange(1, 9)
+    for _ in range(60):
+        effects.reset(rows.tolist())
+        mine = truth * rng.normal(size=len(rows))
+        for _ in range(30):  # rounds of one draft, base log-odds 0
+            p = 1 / (1 + np.exp(-effects.mean[rows]))
+            hit = rng.random(len(rows)) < 1 / (1 + np.exp(-mine))
+            effects.update(Groups(rows), hit - p, p * (1 - p))
+        effects.end(rows.tolist())
+    assert np.sqrt(effects.prior) == pytest.approx(max(truth, np.sqrt(0.05)), abs=0.25)
 
 
 def test_calibration_finds_a_timid_drafter_and_says_so() -> None:
