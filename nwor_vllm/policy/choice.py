@@ -19,6 +19,7 @@ class Choice(NamedTuple):
     own: int  # of the best one of rounds that start where the policy's do
     rate: float  # tokens per second
     worth: float  # lambda: tokens that one second more must bring
+    zero: float  # rate of the first rung over that
     price: float = 0.0  # survival that a verified slot must have, where nothing is judged
 
 
@@ -62,4 +63,4 @@ class Chooser:
         rates, burden = tokens / seconds, 1.0 + overhead * tokens
         best = int((trust * rates / burden).argmax())
         rate = float(rates.flat[best])
-        return Choice(best, own, rate, rate * float(burden.flat[best]))
+        return Choice(best, own, rate, rate * float(burden.flat[best]), float(rates.flat[0]) / rate)

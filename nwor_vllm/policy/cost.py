@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nwor_vllm.policy.pace import WINDOW, Pace
 from nwor_vllm.policy.stop import Floats
 
 HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
@@ -36,10 +37,8 @@ EAGER = 64  # until this many steps were seen every call solves, then every SOLV
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
-WINDOW, KNOWN = 5, 3.0  # steps whose median says how slow the machine was just then, of sizes seen that often
+KNOWN = 3.0  # steps after which a bucket's residuals are clipped
 SEEDED, STEADY = 256.0, 4.0  # steps that a profile counts as; weight of its steady rows
-STAYS = 400.0  # steps in which the whole model follows
-SLOW = 0.15  # in log time: what is less is the model's own affair
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
 KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
 PLACES = np.arange(BUCKETS)
@@ -86,9 +85,10 @@ class Cost:
         self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
         self.solve_at = 0
-        self.profiled = False  # and no live step was seen yet
         self.scales: list[float] = []
-        self.last: list[float] = []  # residuals of the last steps of known sizes
+        self.pace = Pace()
+        self.profiled = False  # and fewer live steps were seen than tell the pace of today
+        self.first: list[float] = []  # residuals of those
         self.error = math.nan  # moving mean of |log(measured / predicted)|
 
     @property
@@ -136,9 +136,9 @@ class Cost:
         return max(0.0, float(high - low)) / (tokens - fewer)
 
     def observe(self, steps: Sequence[Timed]) -> Floats:
-        """Learn from them; return how many times slower than ever the machine was at each."""
+        """Learn from them; return how many times slower than at first the machine was at each."""
         good = [math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0 for s in steps]
-        slow = np.ones(len(steps))
+        slow = np.full(len(steps), math.exp(self.pace.now))
         if any(good):
             slow[good] = np.exp(self._learn(np.array(steps, float)[good].T))
         return slow
@@ -155,14 +155,15 @@ class Cost:
             self._believe(self.prior)
         expected = np.maximum(x @ self.weights, SHORTEST)
         ratio = np.log(np.maximum(seconds, 1e-12) / expected)
-        for wrong in np.abs(ratio - np.log(self._corrections(requests, verified)))[alone].tolist():
+        residuals = ratio - np.log(self._corrections(requests, verified))
+        if self.profiled:
+            self._compare_pace(residuals)
+            return np.full(len(residuals), self.pace.now)
+        pace = self._pace(requests, verified, steps, judged, seconds, alone)
+        for wrong in np.abs(residuals - pace)[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
-        if self.profiled:
-            self._compare_pace(ratio - np.log(self._corrections(requests, verified)))
-            return np.zeros(len(ratio))
-        slow = self._slowness(requests, verified, ratio)
-        ratio, seconds = ratio - slow, seconds * np.exp(-slow)
+        ratio, seconds = ratio - pace, seconds * np.exp(-pace)
         if eager:
             clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
         else:
@@ -177,28 +178,16 @@ class Cost:
         if eager or self.seen >= self.solve_at:
             self._solve()
             self.solve_at = self.seen + SOLVE_EVERY
-        if slow.any():  # what stays so is the machine as it is: all sizes alike
-            self._scale(math.exp(slow.sum() / STAYS))
-        return slow
+        return pace
 
-    def _scale(self, factor: float) -> None:
-        self.prior, self.target = factor * self.prior, factor * self.target
-        self._believe(factor * self.weights)
-
-    def _slowness(self, requests: Floats, verified: Floats, ratio: Floats) -> Floats:
-        """Log of how much slower than ever the machine was around each step, whatever it did: a neighbour's burst must
-        not be taken for the price of the sizes that happened to run."""
-        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1).astype(np.int64)
-        cells = np.minimum(np.rint(FINE * np.log2(np.maximum(verified, 1.0))), BUCKETS - 1).astype(np.int64)
-        known = self.bucket[1, rows, cells] >= KNOWN
-        told = self.last + (ratio - np.log(self.correction[rows, cells]))[known].tolist()
-        at = len(self.last) + np.add.accumulate(known) - known  # of each step, among those that tell
-        self.last = told[1 - WINDOW :]
-        if len(told) < WINDOW or self.seen < EAGER:  # a process's first steps are slow: no pace to hold others against
-            return np.zeros(len(ratio))
-        medians = np.median(np.lib.stride_tricks.sliding_window_view(told, WINDOW), axis=1)
-        found = medians[np.minimum(np.maximum(at - WINDOW // 2, 0), len(medians) - 1)]
-        return np.where(found > SLOW, found, 0.0)  # what is faster than ever is news
+    def _pace(
+        self, requests: Floats, verified: Floats, steps: Floats, judged: Floats, seconds: Floats, alone: Any
+    ) -> Floats:
+        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1)
+        cells = np.minimum(np.rint(FINE * np.log2(np.maximum(verified, 1.0))), BUCKETS - 1)
+        kinds = np.stack([rows, cells, steps, judged > 0], axis=1).astype(np.int64).tolist()
+        told = [tuple(kind) if one else None for kind, one in zip(kinds, alone.tolist(), strict=True)]
+        return self.pace.observe(told, seconds.tolist())
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats) -> None:
         touched = set()
@@ -262,10 +251,10 @@ class Cost:
 
     def _compare_pace(self, residuals: Floats) -> None:
         """The first live steps behind a profile: what they all take longer is not the price of the sizes they are."""
-        self.last += residuals.tolist()
-        if len(self.last) >= WINDOW:
-            self._scale(math.exp(statistics.median(self.last)))
-            self.last, self.profiled = [], False
+        self.first += residuals.tolist()
+        if len(self.first) >= WINDOW:
+            self.pace.now = statistics.median(self.first)
+            self.first, self.profiled = [], False
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -277,8 +266,9 @@ class Cost:
             "seen": self.seen,
             "solve_at": self.solve_at,
             "scales": list(self.scales),
-            "last": list(self.last),
+            "pace": self.pace.snapshot(),
             "profiled": self.profiled,
+            "first": list(self.first),
             "error": None if math.isnan(self.error) else self.error,
         }
 
@@ -291,6 +281,6 @@ class Cost:
             self._smooth(row)
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.scales = [float(x) for x in state["scales"]]
-        self.last = [float(x) for x in state["last"]]
-        self.profiled = bool(state["profiled"])
+        self.pace.restore(state["pace"])
+        self.profiled, self.first = bool(state["profiled"]), [float(x) for x in state["first"]]
         self.error = math.nan if state["error"] is None else float(state["error"])

@@ -19,7 +19,7 @@ import numpy as np
 from nwor_vllm.errors import ConfigError
 from nwor_vllm.policy.base import Plan, Step, StopRule
 from nwor_vllm.policy.calibration import Calibration
-from nwor_vllm.policy.choice import Chooser
+from nwor_vllm.policy.choice import Choice, Chooser
 from nwor_vllm.policy.cost import Cost
 from nwor_vllm.policy.evidence import Batch, Seen, thinned
 from nwor_vllm.policy.guard import POLICY, Guard
@@ -35,11 +35,12 @@ EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning 
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
 DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
 STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
+HOPE = 1.0  # standard deviations by which drafts of one request must be worse than zero
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "widest")
+SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "zero", "widest")
 PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
 
 
@@ -88,6 +89,7 @@ class Goodput:
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
         self.rate, self.ratio = 0.0, 1.0  # tokens per second; achieved over predicted
+        self.zero = 0.0  # rate of the first rung over the best one's
         self.widest = 0  # verified tokens of a step so far
         self.price = Price()
         self._last: Plan = Plan(0)
@@ -133,12 +135,11 @@ class Goodput:
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
         """The plan that uses the drafter's confidence, and the one that does without."""
         n = len(rows := self._rows(requests))
-        survival = np.multiply.accumulate(self.survival.hazards(rows), axis=1)
-        most = BOLD * max(self.widest, 3 * n, UNSEEN)
-        trims = self.params.per_request
-        found = self.chooser.choose(survival, context, trims, most, self._doubt(), self.judging.advantage)
+        survival, found = self._choose(rows, context)
+        if not self.ladder[found.best]:  # where nobody looks, bad luck would stay; many requests see more in a step
+            survival, found = self._choose(rows, context, HOPE / math.sqrt(n))
         self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[found.own]
-        worth = found.worth * self.ratio
+        worth, self.zero = found.worth * self.ratio, found.zero
         if k == 0:
             return Plan(0, watch=False), Plan(0, watch=False)
         plain = Plan(k, self._caps(requests, survival, k, found.price), watch=False)
@@ -155,6 +156,12 @@ class Goodput:
         bias = dict(zip(requests, self.calibration.effects.mean[rows].tolist(), strict=True))
         # Confidence sees the good moments of a poor request: history caps it later.
         return Plan(k, self._caps(requests, survival, k, 0.25 * price), stop, bias), plain
+
+    def _choose(self, rows: Ints, context: int, hope: float = 0.0) -> tuple[Floats, Choice]:
+        survival = np.multiply.accumulate(self.survival.hazards(rows, hope), axis=1)
+        most = BOLD * max(self.widest, 3 * len(rows), UNSEEN)
+        trims, advantage = self.params.per_request, self.judging.advantage
+        return survival, self.chooser.choose(survival, context, trims, most, self._doubt(), advantage)
 
     def _doubt(self) -> float:
         """The way back from zero is long: no first impression of the cost of good drafts leads there."""
@@ -194,7 +201,7 @@ class Goodput:
         """A draft length that the guard, a probe from zero, or the cost model's curiosity takes instead of `k`."""
         if self.params.guard and self.guard.fallback != POLICY:
             return self.guard.fallback
-        return self.visits.length(k, self.steps)
+        return self.visits.length(k, self.steps, self.zero)
 
     # Learning
 
@@ -227,6 +234,8 @@ class Goodput:
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
         self._let_go()
+        if len(drafting) < len(seen):
+            self.walkers.pause()
 
     def _learn_rounds(self, seen: Sequence[Seen], stride: int) -> None:
         batch = Batch(seen, self.k_max)

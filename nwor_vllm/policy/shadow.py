@@ -72,6 +72,11 @@ class Walkers:
         self.ended += (np.ceil(part) - part).sum(axis=0)
         self.over += len(rows)
 
+    def pause(self) -> None:
+        """Tokens come that nobody follows: the rounds that requests are in are as good as they were until here."""
+        for kept in (self.at, self.part, self.owed):
+            kept[:] = 0
+
     @property
     def overhead(self) -> float:
         """Steps without a round that come with each token: the more a round brings, the more of the time they are."""

@@ -42,9 +42,11 @@ class Survival:
         self.effects = Effects(spread, keep)
         self._index = np.arange(positions)
 
-    def hazards(self, rows: Ints) -> Floats:
-        """[rows, positions]: acceptance at each position, given that it is reached."""
-        return sigmoid(self.base + self.effects.mean[rows][:, None])
+    def hazards(self, rows: Ints, hope: float = 0.0) -> Floats:
+        """[rows, positions]: acceptance at each position, given that it is reached; if what all share is so many of its
+        standard deviations better than believed."""
+        base = self.base + hope / np.sqrt(self.information + PRIOR_INFORMATION) if hope else self.base
+        return sigmoid(base + self.effects.mean[rows][:, None])
 
     def observe(self, rows: Ints, groups: Groups, verified: Ints, accepted: Ints, soft: Floats) -> None:
         """`soft[r]` is the calibrated confidence of the position after the last verified one where the drafter stopped

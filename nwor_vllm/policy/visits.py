@@ -8,6 +8,7 @@ from typing import Any
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 MAX_PROBE_WAIT = 512  # steps at zero
 MAX_WAIT = 256  # steps between visits, at last
+NEAR = 0.6  # zero's rate over the best one's, beyond which it is worth a look
 FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice")
 
 
@@ -20,8 +21,8 @@ class Visits:
         self.at, self.wait, self.number = 2, cost_interval // 2 or 1, 0  # the next visit's step
         self.twice = False
 
-    def length(self, k: int, step: int) -> int | None:
-        """What step number `step` drafts instead of `k`, if it is one of those."""
+    def length(self, k: int, step: int, zero: float) -> int | None:
+        """What step number `step` drafts instead of `k`, if it is one of those. `zero`: its rate over that of `k`."""
         if k == 0:
             self.idle += 1
             if self.idle >= self.idle_wait:
@@ -31,12 +32,15 @@ class Visits:
         if self.twice:  # the first step without drafts still verified those of the step before
             self.twice = False
             return 0
-        return self._visit(k, step) if step >= self.at else None
+        return self._visit(k, step, zero) if step >= self.at else None
 
-    def _visit(self, k: int, step: int) -> int:
-        """None, one rung shorter, one longer, in turn, rarer and rarer."""
+    def _visit(self, k: int, step: int, zero: float) -> int:
+        """None, one rung shorter, one longer, in turn, rarer and rarer. Zero is dear where drafts are good: once seen,
+        only where it is near."""
         here = self.ladder.index(k)
         turns = (0, max(0, here - 1), min(here + 1, len(self.ladder) - 1))
+        if self.number % len(turns) == 0 < self.number and zero < NEAR:
+            self.number += 1
         turn, self.at = self.number % len(turns), step + self.wait
         self.number += 1
         if turn == len(turns) - 1:

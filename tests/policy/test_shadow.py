@@ -58,6 +58,14 @@ def test_a_request_that_ends_within_a_round_has_needed_all_of_it() -> None:
     assert (first + rest).tolist() == [4, 3, 2, 2, 2, 2, 2, 2]
 
 
+def test_requests_that_end_where_nobody_drafts_leave_no_rounds_behind() -> None:
+    walkers, one = Walkers(RUNGS), np.array([1])
+    walkers.walk(one, np.array([3]), np.zeros(1), np.array([PLAIN]))
+    walkers.pause()
+    walkers.end([1])
+    assert walkers.walk(np.array([2]), np.array([1]), np.ones(1), np.array([PLAIN])).tolist() == [1.0] * 8
+
+
 def test_requests_that_have_ended_have_spent_steps_in_their_prompts() -> None:
     walkers = Walkers(RUNGS)
     walkers.begun, walkers.prompts = 10, 25  # long prompts come in pieces

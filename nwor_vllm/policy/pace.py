@@ -1,0 +1,65 @@
+"""How fast the machine is just now, from steps that are of the same kind as earlier ones.
+
+A process's first steps are slow, machines drift, neighbours come and go. Taken for the price of the sizes that happened
+to run, that would decide draft lengths for a long time. So times are held against those of the same kind only, no
+model of what sizes cost is involved: what they all take longer than before is the machine's pace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nwor_vllm.policy.stop import Floats
+
+WINDOW = 5  # steps whose median counts: a single one says nothing
+KNOWN = 3  # steps after which a kind is one to hold others against
+FOLLOW = 0.2  # how far each step moves the pace
+STEADY = 32  # steps behind what a kind is believed to take
+BURST = 0.15  # beyond which it is there at once
+FAR = 1.0  # log of a time that is no pace
+MOST = 512  # kinds remembered, the latest ones
+
+Kind = tuple[int, int, int, int]
+
+
+class Pace:
+    def __init__(self) -> None:
+        self.now = 0.0  # log of how many times slower than at first
+        self.kinds: dict[Kind, tuple[float, int]] = {}  # mean log of seconds at pace 0, and steps
+        self.last: list[float] = []  # what the last steps of known kinds told
+
+    def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float]) -> Floats:
+        """The pace at each of these steps; a kind that is None tells nothing."""
+        paces = np.empty(len(kinds))
+        for i, (kind, taken) in enumerate(zip(kinds, seconds, strict=True)):
+            paces[i] = self.now if kind is None else self._see(kind, math.log(taken))
+        return paces
+
+    def _see(self, kind: Kind, log: float) -> float:
+        mean, count = self.kinds.pop(kind, (0.0, 0))
+        just = self.now
+        if count and abs(log - self.now - mean) > FAR:
+            count = 0  # that step was suspended, or the first of its kind
+        elif count >= KNOWN:
+            self.last = [*self.last[1 - WINDOW :], log - mean]
+            told = sorted(self.last)[len(self.last) // 2] - self.now
+            self.now += told if abs(told) > BURST else FOLLOW * told
+            just = log - mean if abs(log - mean - self.now) > BURST else self.now
+        count = min(count + 1, STEADY)
+        mean = log - self.now if count == 1 else mean + (log - self.now - mean) / count
+        self.kinds[kind] = (mean, count)
+        if len(self.kinds) > MOST:
+            del self.kinds[next(iter(self.kinds))]
+        return just
+
+    def snapshot(self) -> dict[str, Any]:
+        kinds = [[*kind, mean, count] for kind, (mean, count) in self.kinds.items()]
+        return {"now": self.now, "last": list(self.last), "kinds": kinds}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.now, self.last = float(state["now"]), [float(x) for x in state["last"]]
+        self.kinds = {(int(a), int(b), int(c), int(d)): (float(mean), int(n)) for a, b, c, d, mean, n in state["kinds"]}
