@@ -234,7 +234,7 @@ class Goodput:
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
         self._let_go()
-        if len(drafting) < len(seen):
+        if not self.awake or self.guard.fallback == 0:  # not a visit: they stay there
             self.walkers.pause()
 
     def _learn_rounds(self, seen: Sequence[Seen], stride: int) -> None:
