@@ -213,7 +213,8 @@ def summarise(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         entry: dict[str, Any] = {"median_tokens_per_s": statistics.median(rates[arm])}
         for name, other in (("best_fixed", best), (NO_SPECULATION, NO_SPECULATION)):
             result = stats.paired_ratio(rates[arm], rates[other])
-            entry[f"over_{name}"] = {"ratio": result.ratio, "low": result.low, "high": result.high}
+            median = statistics.median(x / y for x, y in zip(rates[arm], rates[other], strict=True))
+            entry[f"over_{name}"] = {"ratio": result.ratio, "low": result.low, "high": result.high, "median": median}
         against[arm] = entry
     return {"best_fixed": best, "arms": against}
 
@@ -221,8 +222,9 @@ def summarise(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# Elastic against fixed draft lengths", "", f"`{results['command']}`", "",
-        "Ratios of tokens per second in paired blocks (95 % t interval on log ratios). The best fixed length is",
-        "chosen in hindsight on the same blocks.", "",
+        "Ratios of tokens per second in paired blocks: geometric mean, 95 % t interval on log ratios, and the median",
+        "block, which a machine that stood still for a while does not move. The best fixed length is chosen in",
+        "hindsight on the same blocks.", "",
         "| workload | T | requests | best fixed K | best fixed / none | goodput / none | goodput / best fixed "
         "| throughput / best fixed | acceptance (biased) / best fixed | vLLM table / best fixed |",
         "| --- " * 10 + "|",
@@ -233,7 +235,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         def show(arm: str, over: str, of: Mapping[str, Any] = summary) -> str:
             ratio = of["arms"][arm][f"over_{over}"]
             interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f}-{ratio['high']:.2f})"
-            return f"{ratio['ratio']:.3f}{interval}"
+            return f"{ratio['ratio']:.3f}{interval}; {ratio['median']:.3f}"
 
         row = [
             cell["workload"], f"{cell['temperature']:g}", str(cell["concurrency"]),

@@ -33,7 +33,8 @@ class Pace:
         self.last: list[float] = []  # what the last steps of known kinds told
 
     def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float]) -> Floats:
-        """The pace at each of these steps; a kind that is None tells nothing."""
+        """The pace at each of these steps; a kind that is None tells nothing. A single step that is far off is no pace
+        for the next one, but one for itself: what it took is nobody's price."""
         paces = np.empty(len(kinds))
         for i, (kind, taken) in enumerate(zip(kinds, seconds, strict=True)):
             paces[i] = self.now if kind is None else self._see(kind, math.log(taken))
@@ -42,19 +43,24 @@ class Pace:
     def _see(self, kind: Kind, log: float) -> float:
         mean, count = self.kinds.pop(kind, (0.0, 0))
         just = self.now
-        if count and abs(log - self.now - mean) > FAR:
-            count = 0  # that step was suspended, or the first of its kind
-        elif count >= KNOWN:
-            self.last = [*self.last[1 - WINDOW :], log - mean]
-            told = sorted(self.last)[len(self.last) // 2] - self.now
-            self.now += told if abs(told) > BURST else FOLLOW * told
-            just = log - mean if abs(log - mean - self.now) > BURST else self.now
-        count = min(count + 1, STEADY)
-        mean = log - self.now if count == 1 else mean + (log - self.now - mean) / count
-        self.kinds[kind] = (mean, count)
+        if count and abs(log - self.now - mean) > FAR:  # that step was suspended, or those that came first were
+            just = log - mean if count >= KNOWN else self.now
+            count //= 2
+        else:
+            if count >= KNOWN:
+                just = self._follow(log - mean)
+            count = min(count + 1, STEADY)
+            mean += (log - self.now - mean) / count
+        self.kinds[kind] = (mean, count) if count else (log - self.now, 1)
         if len(self.kinds) > MOST:
             del self.kinds[next(iter(self.kinds))]
         return just
+
+    def _follow(self, told: float) -> float:
+        self.last = [*self.last[1 - WINDOW :], told]
+        step = sorted(self.last)[len(self.last) // 2] - self.now
+        self.now += step if abs(step) > BURST else FOLLOW * step
+        return told if abs(told - self.now) > BURST else self.now
 
     def snapshot(self) -> dict[str, Any]:
         kinds = [[*kind, mean, count] for kind, (mean, count) in self.kinds.items()]

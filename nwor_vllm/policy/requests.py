@@ -80,8 +80,8 @@ class Effects:
 
     def __init__(self, spread: float, keep: float) -> None:
         self.prior, self.keep = spread * spread, keep
-        self.least = LEAST_SHARE * self.prior
-        self.apart, self.told = BELIEVED * self.prior, BELIEVED  # sums that make the prior
+        self.given = self.prior
+        self.apart = self.told = 0.0  # what the requests that have ended say of it, and how much
         self.mean: Floats = np.zeros(START)
         self.var: Floats = np.full(START, self.prior)
 
@@ -102,7 +102,8 @@ class Effects:
         fade = FADE ** len(rows)
         self.apart = fade * self.apart + float((mean * mean - share * var).sum())
         self.told = fade * self.told + float((share * share).sum())
-        self.prior = max(self.apart / self.told, self.least)
+        found = (BELIEVED * self.given + self.apart) / (BELIEVED + self.told)
+        self.prior = max(found, LEAST_SHARE * self.given)
 
     def update(self, groups: Groups, residual: Floats, information: Floats) -> None:
         """One filter step: `residual` is the sum of outcome minus expectation, `information` the sum of p (1 - p)."""
@@ -115,8 +116,15 @@ class Effects:
         self.reset([SCRATCH])
 
     def snapshot(self) -> dict[str, Any]:
-        return {"mean": self.mean.tolist(), "var": self.var.tolist()}
+        return {
+            "mean": self.mean.tolist(),
+            "var": self.var.tolist(),
+            "prior": self.prior,
+            "apart": self.apart,
+            "told": self.told,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.mean = np.array(state["mean"], float)
         self.var = np.array(state["var"], float)
+        self.prior, self.apart, self.told = (float(state[name]) for name in ("prior", "apart", "told"))

@@ -154,7 +154,12 @@ def test_what_the_policy_sees_ends_where_texts_do(engine, token_prompts, monkeyp
     rounds = [r for step in seen for r in step.rounds]
     made = sum(r.accepted + 1 for r in rounds)
     undrafted = sum(step.requests - len(step.rounds) for step in seen)
-    assert made + undrafted == sum(map(len, outputs)) - len(outputs)
+    told = sum(map(len, outputs)) - len(outputs)
+    assert made <= told
+    if scheduler.scheduler_config.async_scheduling:  # steps are under way for requests that have ended
+        assert told <= made + undrafted <= told + len(outputs)
+    else:
+        assert made + undrafted == told
     counted = backend.counters(engine)
     assert counted["accepted_tokens"] > sum(r.accepted for r in rounds)  # the engine's own count has them
     assert all(r.accepted <= r.verified <= r.drafted for r in rounds)
@@ -226,7 +231,11 @@ def test_what_was_learnt_comes_back_and_another_ladders_snapshot_does_not(engine
     assert learnt["slots"]["row"]
     restored = control.apply(engine, {"policy": "goodput", "restore": learnt})["policy"]
     assert restored.pop("slots")["row"] == {}  # its requests have ended since
-    learnt["walkers"]["ended"] = restored["walkers"]["ended"]  # and so have the rounds that they were in
+    for state in (learnt, restored):  # and so have the rounds that they were in: that tells how requests differ
+        del state["walkers"]["ended"], state["walkers"]["over"]
+        for part in ("survival", "calibration"):
+            for name in ("prior", "apart", "told"):
+                del state[part]["effects"][name]
     assert restored == {name: part for name, part in learnt.items() if name != "slots"}
     with pytest.raises(ConfigError, match="restore holds no snapshot of policy 'goodput' as it is set here"):
         control.apply(engine, {"policy": "goodput", "restore": make_policy("goodput", None, (0, 1, 2)).snapshot()})

@@ -88,6 +88,13 @@ def test_how_much_requests_differ_is_learnt_from_those_that_end(truth: float) ->
     assert np.sqrt(effects.prior) == pytest.approx(max(truth, np.sqrt(0.05)), abs=0.25)
 
 
+def test_requests_that_show_nothing_change_nothing_however_many_there_are() -> None:
+    effects = Effects(1.0, keep=0.98)
+    for _ in range(400):
+        effects.end(list(range(1, 60)) * 20)
+    assert effects.prior == pytest.approx(1.0)
+
+
 def test_calibration_finds_a_timid_drafter_and_says_so() -> None:
     rng = np.random.default_rng(3)
     calibration = Calibration(1, spread=1e-6, keep=1.0, memory=1e9)
