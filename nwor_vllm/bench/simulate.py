@@ -38,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="with --suite: workloads whose kind or name contains this")
     parser.add_argument("--seeds", type=int, default=suite.SEEDS, help="repetitions")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument(
+        "--unsteady", action="store_true", help="the policy sees a machine that starts slow and whose pace drifts"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -81,7 +84,7 @@ def _suite(args: argparse.Namespace, found: list[curves.Curve], params: dict[str
     result: dict[str, Any] = {}
     for curve in found:
         seeds = args.seeds if curve is found[0] else max(1, args.seeds * 2 // 5)  # beside the headline, and in its time
-        todo = [suite.Task(w, seed, curve, args.policy, params) for w in chosen for seed in range(seeds)]
+        todo = [suite.Task(w, seed, curve, args.policy, params, args.unsteady) for w in chosen for seed in range(seeds)]
         rows = suite.run(todo, pool, args.jobs)
         part = {"cost": curve.name, "seeds": seeds, **suite.summary(rows), "cells": rows}
         if curve is found[0]:
@@ -99,7 +102,7 @@ def _replay_files(args: argparse.Namespace, curve: curves.Curve, params: dict[st
         load = Load(whole, tuple(range(whole.requests)), batch, suite.tokens_of(batch))
         rates = oracle.fixed_rates(load, curve, lengths)
         policy = make_policy(args.policy, from_mapping(POLICIES[args.policy].params, params), lengths)
-        got = replay(policy, load, curve)
+        got = replay(policy, load, curve, unsteady=args.unsteady)
         best = max(rates.values())
         clairvoyant = max(oracle.o3(load, curve, rates), got.rate)
         rows.append(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nwor_vllm.bench import cli
-from nwor_vllm.bench.sim import oracle, suite, workloads
+from nwor_vllm.bench.sim import curves, oracle, suite, workloads
 from nwor_vllm.bench.sim.curves import CURVES, Measured, Roofline, fit
 from nwor_vllm.bench.sim.load import Lanes, Load
 from nwor_vllm.bench.sim.replay import replay, replay_fixed
@@ -313,6 +313,21 @@ def test_a_clock_that_is_wrong_every_fifth_step_is_survived(name: str, batch: in
     right = replay(make_policy(name, None, lengths), load, CURVE)
     wrong = replay(BadClock(make_policy(name, None, lengths)), load, CURVE)
     assert wrong.rate > (0.95 if name == "goodput" else 0.5) * right.rate
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "batch", "least"), [("mixed", "mixed", 8, 0.98), ("stationary", "json@0", 128, 0.95)]
+)
+def test_an_unsteady_machine_costs_little(kind: str, name: str, batch: int, least: float) -> None:
+    """What lengths cost in a slow start must not decide for long: .97 and .91 without the pace."""
+    curve, pool = curves.find("plain"), workloads.recorded()
+    ratios = []
+    for seed in range(3):
+        load = workloads.load_of(workloads.Workload(kind, name, batch), seed, suite.tokens_of(batch), pool)
+        best = max(oracle.fixed_rates(load, curve, suite.LENGTHS).values())
+        policy = make_policy("goodput", None, suite.LENGTHS)
+        ratios.append(replay(policy, load, curve, seed, unsteady=True).rate / best)
+    assert suite.geomean(ratios) > least
 
 
 def test_fit_follows_measured_rows() -> None:

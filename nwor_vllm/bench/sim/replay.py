@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from nwor_vllm.policy.stopping import Stopping
 
 FEW = 6  # rows up to which plain Python judges drafts faster than numpy
 HICCUP, HICCUP_TIMES = 0.002, 8.0
+SLOW_START, SLOW_STEPS = 0.35, 70  # by how much a start is slower, and until when
+DRIFT = 0.97, 0.02  # what a step keeps of it, and adds
 
 
 @dataclass
@@ -81,14 +85,18 @@ class Running:
         return ended
 
 
-def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float = 0.03) -> Outcome:
-    """`noise` is on what the policy sees (log-normal, with rare hiccups); the outcome is timed by the curve itself."""
+def replay(
+    policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float = 0.03, unsteady: bool = False
+) -> Outcome:
+    """`noise` is on what the policy sees (log-normal, with rare hiccups), and so is the pace of an `unsteady` machine:
+    slow for a start, then drifting. The outcome is timed by the curve itself."""
     rng = np.random.default_rng(seed)
     lanes = Lanes(load)
     run, out, k_max = Running(load, lanes), Outcome(), load.trace.k_max
     confidences = load.trace.confidence
     price = functools.lru_cache(maxsize=1 << 16)(lambda *step: float(curve.seconds(*step)))
     blur = _noise(rng, noise)
+    pace = _pace(rng) if unsteady else itertools.repeat(1.0)
     while out.tokens < load.tokens:
         at = run.at[run.active]
         n = len(at)
@@ -112,7 +120,7 @@ def replay(policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float
         out.lengths[k] = out.lengths.get(k, 0) + 1
         room = lanes.room[at]  # what lies beyond a text is neither kept nor rejected
         rounds = _rounds(run.ids, drafted, np.minimum(kept, room), accepted, shown)
-        policy.observe(Step(rounds, plan.k, steps, seconds * next(blur), n, verified, judged_steps=judged))
+        policy.observe(Step(rounds, plan.k, steps, seconds * next(blur) * next(pace), n, verified, judged_steps=judged))
         for request in run.advance(accepted + 1, out.tokens):
             policy.forget(request)
     for request in run.ids:
@@ -125,6 +133,14 @@ def _noise(rng: np.random.Generator, noise: float) -> Any:
         factors = np.exp(noise * rng.normal(size=1024))
         factors[rng.random(1024) < HICCUP] *= HICCUP_TIMES if noise else 1.0
         yield from factors.tolist()
+
+
+def _pace(rng: np.random.Generator) -> Iterator[float]:
+    """How many times longer steps take: as measured on a shared CPU, a slow first second and a drift of 8 %."""
+    drift = 0.0
+    for step in itertools.count():
+        drift = DRIFT[0] * drift + DRIFT[1] * rng.normal()
+        yield (1.0 + SLOW_START * min(max((SLOW_STEPS - step) / 20.0, 0.0), 1.0)) * math.exp(drift)
 
 
 def _draft(plan: Plan, k: int, ids: Sequence[str], shown: NDArray[np.float64] | None) -> tuple[int, Ints, Ints]:

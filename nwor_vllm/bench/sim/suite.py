@@ -31,6 +31,7 @@ class Task:
     curve: Curve
     policy: str
     params: dict[str, Any]
+    unsteady: bool = False
 
 
 def tokens_of(batch: int) -> int:
@@ -70,7 +71,7 @@ def measure(task: Task, pool: Pool) -> dict[str, float]:
     rates = oracle.fixed_rates(load, task.curve, lengths)
     params = from_mapping(POLICIES[task.policy].params, task.params, "policy_params")
     policy = make_policy(task.policy, params, lengths)
-    got = replay(policy, load, task.curve, task.seed)
+    got = replay(policy, load, task.curve, task.seed, unsteady=task.unsteady)
     row = {
         "rate": got.rate,
         "none": rates[0],
@@ -85,7 +86,8 @@ def measure(task: Task, pool: Pool) -> dict[str, float]:
         return row | {"o2": oracle.o2(load, task.curve, lengths, rates)}
     if task.seed == 0:
         row["rule"] = max(oracle.best_rule(load, task.curve, lengths), row["o1"])
-        row["warm"] = replay(policy, load, task.curve, seed=1).rate  # once more, as a server that has run for a while
+        # Once more, as a server that has run for a while.
+        row["warm"] = replay(policy, load, task.curve, seed=1, unsteady=task.unsteady).rate
     clairvoyant = max(oracle.o3(load, task.curve, rates), got.rate)
     exact = load.batch == 1
     return row | {
