@@ -76,6 +76,7 @@ class Walkers:
         """Tokens come that nobody follows: the rounds that requests are in are as good as they were until here."""
         for kept in (self.at, self.part, self.owed):
             kept[:] = 0
+        self.over = 0
 
     @property
     def overhead(self) -> float:

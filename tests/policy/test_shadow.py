@@ -63,6 +63,9 @@ def test_requests_that_end_where_nobody_drafts_leave_no_rounds_behind() -> None:
     walkers.walk(one, np.array([3]), np.zeros(1), np.array([PLAIN]))
     walkers.pause()
     walkers.end([1])
+    walkers.begun = walkers.prompts = 1
+    walkers.pause()
+    assert walkers.waited(stride=1) == 0.0  # nor steps in prompts, whose tokens nobody counts
     assert walkers.walk(np.array([2]), np.array([1]), np.ones(1), np.array([PLAIN])).tolist() == [1.0] * 8
 
 
