@@ -20,6 +20,7 @@ class Choice(NamedTuple):
     rate: float  # tokens per second
     worth: float  # lambda: tokens that one second more must bring
     zero: float  # rate of the first rung over that
+    rates: Floats  # of every length, over that: what may be taken
     price: float = 0.0  # survival that a verified slot must have, where nothing is judged
 
 
@@ -61,6 +62,8 @@ class Chooser:
         own = int((tokens / (seconds * (1.0 + overhead * tokens))).argmax())
         tokens = tokens * self.walkers.gain
         rates, burden = tokens / seconds, 1.0 + overhead * tokens
-        best = int((trust * rates / burden).argmax())
-        rate = float(rates.flat[best])
-        return Choice(best, own, rate, rate * float(burden.flat[best]), float(rates.flat[0]) / rate)
+        taken = trust * rates / burden
+        best = int(taken.argmax())
+        rate, zero = float(rates.flat[best]), float(rates.flat[0])
+        taken = taken.reshape(-1, len(self.lengths)).max(axis=0) / taken.flat[best]
+        return Choice(best, own, rate, rate * float(burden.flat[best]), zero / rate, taken)

@@ -5,7 +5,9 @@ x requests, any draft to verify, any prefill, its tokens, hinges of the verified
 convex in the tokens as rooflines are; times, where nothing is prefilled, a correction per size bucket of the verified
 tokens (graph padding and tile sizes make real costs step, not slope).
 Directions that the traffic does not excite stay at the prior (one draft length at one batch size cannot tell
-verification from drafting; a ridge can). Residuals are clipped, so that a suspended machine is one bounded mistake.
+verification from drafting; a ridge can). What was learnt walks at random from then on: it is doubted more with every
+step, believed until something newer says otherwise, and then soon replaced. Residuals are clipped, so that a suspended
+machine is one bounded mistake.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY, PREFILL, PRE
 # The prior's standard deviation over the weight: judging and tokens cost next to nothing on a GPU, much on a CPU.
 PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
 PRIOR_WIDTH[ANY] = 10.0  # steps without any draft take another path, on some engines a much shorter one
+RIDGE = 1.0 / PRIOR_WIDTH**2
 NOISE = 0.05  # expected relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
-MEMORY = 2000.0  # steps
+WALK = 0.01  # of its value, by how much each weight may have moved in a step (standard deviation)
 EAGER = 64  # until this many steps were seen every call solves, then every SOLVE_EVERY steps
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
 KNOWN = 3.0  # steps after which a bucket's residuals are clipped
+AGE = 50.0  # steps after which newer residuals of a bucket weigh more
 SEEDED, STEADY = 256.0, 4.0  # steps that a profile counts as; weight of its steady rows
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
 KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
@@ -75,13 +79,13 @@ def features(
 
 
 class Cost:
-    def __init__(self, memory: float = MEMORY) -> None:
-        self.memory = memory
+    def __init__(self) -> None:
         self._believe(PRIOR_SHARES)
         self.prior: Floats = np.zeros(SIZE)
         self.moment: Floats = np.zeros((SIZE, SIZE))
         self.target: Floats = np.zeros(SIZE)
         self.bucket: Floats = np.zeros((2, ROWS, BUCKETS))  # sum of log ratios, count
+        self.touched: Floats = np.zeros((ROWS, BUCKETS))  # the step that was their last
         self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
         self.solve_at = 0
@@ -94,6 +98,10 @@ class Cost:
     @property
     def known(self) -> bool:
         return self.seen > 0
+
+    @property
+    def _scale(self) -> Floats:
+        return np.maximum(self.prior, 1e-12)
 
     def predict(self, requests: Any, verified: Floats, steps: Floats, context: Any = 0.0, judged: Any = 0.0) -> Floats:
         """Seconds of steps; 1 per target-only step while unknown. Any argument may be an array, a value per step."""
@@ -135,6 +143,14 @@ class Cost:
         low, high = self.predict(requests, np.array([fewer, tokens]), np.zeros(2), context)
         return max(0.0, float(high - low)) / (tokens - fewer)
 
+    def doubt(self, requests: float, verified: Floats, steps: Floats, context: float) -> Floats:
+        """Standard deviation of what `predict` says, over it."""
+        scale = self._scale
+        covariance = np.linalg.inv(self.moment * np.outer(scale, scale) + np.diag(RIDGE))
+        x = features(requests, verified, steps, context) * scale
+        variance = np.maximum(((x @ covariance) * x).sum(axis=1), 0.0)
+        return np.asarray(np.sqrt(variance) / self.predict(requests, verified, steps, context))
+
     def observe(self, steps: Sequence[Timed]) -> Floats:
         """Learn from them; return how many times slower than at first the machine was at each."""
         good = [math.isfinite(s.seconds) and s.seconds > 0 and s.requests > 0 for s in steps]
@@ -170,15 +186,26 @@ class Cost:
             clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
         scale = 1.0 / (NOISE * expected)
         scaled = x * scale[:, None]
-        fade = math.exp(-len(x) / min(self.memory, max(EAGER, self.seen)))  # a process's first steps are slow
-        self.moment = fade * self.moment + scaled.T @ scaled
-        self.target = fade * self.target + (clipped * scale) @ scaled
+        self._age(len(x))
+        self.moment += scaled.T @ scaled
+        self.target += (clipped * scale) @ scaled
         self.seen += len(x)
         self._correct(requests[alone], verified[alone], ratio[alone])
         if eager or self.seen >= self.solve_at:
             self._solve()
             self.solve_at = self.seen + SOLVE_EVERY
         return pace
+
+    def _age(self, steps: int) -> None:
+        """A random walk of the weights: what much is known of is known no better than it may have moved, the rest stays
+        as known as it was. In terms of covariances: add the walk's."""
+        walk = math.sqrt(steps) * WALK * (self.weights + self.prior)
+        moment = self.moment * np.outer(walk, walk)
+        a = np.eye(SIZE) + moment
+        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # absurd step times leave a matrix that rounding makes singular
+        less = np.linalg.solve(a, np.column_stack([moment, self.target * walk]))
+        self.moment = 0.5 * (less[:, :-1] + less[:, :-1].T) / np.outer(walk, walk)
+        self.target = less[:, -1] / walk
 
     def _pace(
         self, requests: Floats, verified: Floats, steps: Floats, judged: Floats, seconds: Floats, alone: Any
@@ -193,7 +220,8 @@ class Cost:
         touched = set()
         for n, tokens, log in zip(requests.tolist(), verified.tolist(), ratio.tolist(), strict=True):
             row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
-            self.bucket[:, row, cell] *= 0.98
+            self.bucket[:, row, cell] *= math.exp((self.touched[row, cell] - self.seen - 1) / AGE)
+            self.touched[row, cell] = self.seen
             now, width = math.log(self.correction[row, cell]), 0.5
             if self.bucket[1, row, cell] >= KNOWN:
                 width = CLIP * NOISE
@@ -209,11 +237,10 @@ class Cost:
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""
-        scale = np.maximum(self.prior, 1e-12)
-        ridge = 1.0 / PRIOR_WIDTH**2
-        a = self.moment * np.outer(scale, scale) + np.diag(ridge)
-        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # absurd step times leave a matrix that rounding makes singular
-        b = self.target * scale + ridge
+        scale = self._scale
+        a = self.moment * np.outer(scale, scale) + np.diag(RIDGE)
+        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # as above
+        b = self.target * scale + RIDGE
         free = np.ones(SIZE, bool)
         w = np.zeros(SIZE)
         while free.any():
@@ -263,6 +290,7 @@ class Cost:
             "moment": self.moment.tolist(),
             "target": self.target.tolist(),
             "bucket": self.bucket.tolist(),
+            "touched": self.touched.tolist(),
             "seen": self.seen,
             "solve_at": self.solve_at,
             "scales": list(self.scales),
@@ -276,7 +304,7 @@ class Cost:
         self._believe(np.array(state["weights"], float))
         self.prior = np.array(state["prior"], float)
         self.moment, self.target = np.array(state["moment"], float), np.array(state["target"], float)
-        self.bucket = np.array(state["bucket"], float)
+        self.bucket, self.touched = np.array(state["bucket"], float), np.array(state["touched"], float)
         for row in range(ROWS):
             self._smooth(row)
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])

@@ -33,9 +33,10 @@ from nwor_vllm.policy.visits import Visits
 
 EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
-DOUBT, DOUBTFUL = 0.25, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
+DOUBT, DOUBTFUL = 0.15, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
 STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
 HOPE = 1.0  # standard deviations by which drafts of one request must be worse than zero
+MAYBE = 3.0  # and by which a length may be cheaper than believed
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 PROBED = 16  # requests that draft in a probe from zero
@@ -91,6 +92,8 @@ class Goodput:
         self.rate, self.ratio = 0.0, 1.0  # tokens per second; achieved over predicted
         self.zero = 0.0  # rate of the first rung over the best one's
         self.widest = 0  # verified tokens of a step so far
+        self._rates: Floats = np.zeros(len(self.ladder))  # of every length over the best one's, where it was decided
+        self._load = (1, 0)  # and for how many requests, of how much context
         self.price = Price()
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
@@ -140,6 +143,7 @@ class Goodput:
             survival, found = self._choose(rows, context, HOPE / math.sqrt(n))
         self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[found.own]
         worth, self.zero = found.worth * self.ratio, found.zero
+        self._rates, self._load = found.rates, (n, context)
         if k == 0:
             return Plan(0, watch=False), Plan(0, watch=False)
         plain = Plan(k, self._caps(requests, survival, k, found.price), watch=False)
@@ -201,7 +205,17 @@ class Goodput:
         """A draft length that the guard, a probe from zero, or the cost model's curiosity takes instead of `k`."""
         if self.params.guard and self.guard.fallback != POLICY:
             return self.guard.fallback
-        return self.visits.length(k, self.steps, self.zero)
+        return self.visits.length(k, self.steps, self.zero, self._promising)
+
+    def _promising(self) -> int | None:
+        """A length that is the best one if what it costs is believed too high, as well it may be."""
+        if self.params.confidence and self.sees_confidence and self.judging.on:  # drafts end by the rule
+            return None
+        (n, context), lengths = self._load, self.chooser.lengths
+        doubt = self.cost.doubt(n, n * (1.0 + lengths), lengths, context)
+        rates = np.where((lengths == 0) | (self._rates >= 1.0), 0.0, self._rates * np.exp(MAYBE * doubt))
+        best = int(rates.argmax())
+        return self.ladder[best] if rates[best] > 1.0 else None
 
     # Learning
 

@@ -17,8 +17,8 @@ from nwor_vllm.policy.stop import Floats
 
 FLOOR = 0.99
 MEMORY = 400.0  # steps
-MIN_STEPS = 24
-SIGMAS = 3.0
+MIN_STEPS = 12
+SIGMAS, SIGMAS_ZERO = 3.0, 1.0  # to leave for a length, and for none: nothing is risked there
 FIRST_HOLD = 32
 MAX_HOLD = 8192
 POLICY = -1  # who has the steps, if not a fixed length
@@ -27,6 +27,7 @@ POLICY = -1  # who has the steps, if not a fixed length
 class Guard:
     def __init__(self, ladder: Sequence[int]) -> None:
         self.ladder = tuple(ladder)
+        self.sigmas = np.array([SIGMAS if k else SIGMAS_ZERO for k in self.ladder])
         self.hold = FIRST_HOLD
         self.left = 0  # steps until the policy is tried again
         self.fallback = POLICY  # the draft length that has the steps
@@ -91,7 +92,7 @@ class Guard:
 
     def _judge(self) -> None:
         ratios = np.log(self.ratios())
-        upper = ratios + SIGMAS * np.sqrt(self.scatter) / self.weight
+        upper = ratios + self.sigmas * np.sqrt(self.scatter) / self.weight
         worst = int(np.argmin(upper))
         if upper[worst] < np.log(FLOOR):
             self.trips += 1

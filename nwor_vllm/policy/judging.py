@@ -2,7 +2,8 @@
 
 Both are good plans, so the better mean has the steps, without waiting for certainty. What judged steps took is held
 against what the plain plan would have for the same text. While it loses, the plain plan has the steps for a wait that
-doubles; then a few judged steps say whether that still holds, with the evidence of before at half its weight.
+doubles; then as many judged steps as at first say whether that still holds, with the evidence of before at a quarter of
+its weight: early steps were judged by a confidence that was not calibrated yet.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MEMORY = 400.0  # judged steps
-TRIAL = 12  # judged steps before the first verdict, and half of that after every wait
+TRIAL = 12  # judged steps before a verdict, the first and after every wait
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
 SIGMAS = 1.0
 MARGIN = 0.02  # in log rate; what a step without judging takes is guessed, among judged ones, and guessed too high
@@ -41,8 +42,8 @@ class Judging:
             return
         self.left -= n
         if self.on:
-            self.tried = TRIAL // 2
-            self._fade(0.5)
+            self.tried = 0
+            self._fade(0.25)
 
     def observe(self, n: int, seconds: float, plain: float) -> None:
         """What `n` judged steps took, and what the plain plan would have."""

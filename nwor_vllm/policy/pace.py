@@ -22,6 +22,7 @@ STEADY = 32  # steps behind what a kind is believed to take
 BURST = 0.15  # beyond which it is there at once
 FAR = 1.0  # log of a time that is no pace
 MOST = 512  # kinds remembered, the latest ones
+AGE = 64.0  # steps in which what is known of a kind fades: the machine may have been slow when it was last seen
 
 Kind = tuple[int, int, int, int]
 
@@ -29,7 +30,8 @@ Kind = tuple[int, int, int, int]
 class Pace:
     def __init__(self) -> None:
         self.now = 0.0  # log of how many times slower than at first
-        self.kinds: dict[Kind, tuple[float, int]] = {}  # mean log of seconds at pace 0, and steps
+        self.steps = 0
+        self.kinds: dict[Kind, tuple[float, float, int]] = {}  # mean log of seconds at pace 0, steps, and the last one
         self.last: list[float] = []  # what the last steps of known kinds told
 
     def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float]) -> Floats:
@@ -37,21 +39,23 @@ class Pace:
         for the next one, but one for itself: what it took is nobody's price."""
         paces = np.empty(len(kinds))
         for i, (kind, taken) in enumerate(zip(kinds, seconds, strict=True)):
+            self.steps += 1
             paces[i] = self.now if kind is None else self._see(kind, math.log(taken))
         return paces
 
     def _see(self, kind: Kind, log: float) -> float:
-        mean, count = self.kinds.pop(kind, (0.0, 0))
+        mean, count, last = self.kinds.pop(kind, (0.0, 0.0, 0))
+        count *= math.exp((last + 1 - self.steps) / AGE)
         just = self.now
         if count and abs(log - self.now - mean) > FAR:  # that step was suspended, or those that came first were
             just = log - mean if count >= KNOWN else self.now
-            count //= 2
+            count /= 2
         else:
             if count >= KNOWN:
                 just = self._follow(log - mean)
-            count = min(count + 1, STEADY)
+            count = min(count + 1.0, STEADY)
             mean += (log - self.now - mean) / count
-        self.kinds[kind] = (mean, count) if count else (log - self.now, 1)
+        self.kinds[kind] = (mean, count, self.steps) if count >= 0.5 else (log - self.now, 1.0, self.steps)
         if len(self.kinds) > MOST:
             del self.kinds[next(iter(self.kinds))]
         return just
@@ -63,9 +67,13 @@ class Pace:
         return told if abs(told - self.now) > BURST else self.now
 
     def snapshot(self) -> dict[str, Any]:
-        kinds = [[*kind, mean, count] for kind, (mean, count) in self.kinds.items()]
-        return {"now": self.now, "last": list(self.last), "kinds": kinds}
+        kinds = [[*kind, *known] for kind, known in self.kinds.items()]
+        return {"now": self.now, "last": list(self.last), "steps": self.steps, "kinds": kinds}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.now, self.last = float(state["now"]), [float(x) for x in state["last"]]
-        self.kinds = {(int(a), int(b), int(c), int(d)): (float(mean), int(n)) for a, b, c, d, mean, n in state["kinds"]}
+        self.steps = int(state["steps"])
+        self.kinds = {
+            (int(a), int(b), int(c), int(d)): (float(mean), float(count), int(at))
+            for a, b, c, d, mean, count, at in state["kinds"]
+        }

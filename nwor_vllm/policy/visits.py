@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PROBE_K = 2  # draft length of a probe from zero: the first hazards decide whether to come back
 MAX_PROBE_WAIT = 512  # steps at zero
 MAX_WAIT = 256  # steps between visits, at last
+LOOK = 23  # steps between looks for one that may be better than believed
 NEAR = 0.6  # zero's rate over the best one's, beyond which it is worth a look
-FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice")
+FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice", "look_at")
 
 
 class Visits:
-    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, for their cost."""
+    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, for their cost: of its
+    neighbours, ever more rarely, and of those that may well be better."""
 
     def __init__(self, ladder: Sequence[int], probe_interval: int, cost_interval: int) -> None:
         self.ladder, self.probe_interval = tuple(ladder), probe_interval
         self.idle, self.idle_wait = 0, probe_interval
         self.at, self.wait, self.number = 2, cost_interval // 2 or 1, 0  # the next visit's step
         self.twice = False
+        self.look_at = LOOK
 
-    def length(self, k: int, step: int, zero: float) -> int | None:
-        """What step number `step` drafts instead of `k`, if it is one of those. `zero`: its rate over that of `k`."""
+    def length(self, k: int, step: int, zero: float, promising: Callable[[], int | None]) -> int | None:
+        """What step number `step` drafts instead of `k`, if it is one of those. `zero`: its rate over that of `k`;
+        `promising` says which length may be better than `k`."""
         if k == 0:
             self.idle += 1
             if self.idle >= self.idle_wait:
@@ -32,7 +36,12 @@ class Visits:
         if self.twice:  # the first step without drafts still verified those of the step before
             self.twice = False
             return 0
-        return self._visit(k, step, zero) if step >= self.at else None
+        if step >= self.at:
+            return self._visit(k, step, zero)
+        if step < self.look_at:
+            return None
+        self.look_at = step + LOOK
+        return promising()
 
     def _visit(self, k: int, step: int, zero: float) -> int:
         """None, one rung shorter, one longer, in turn, rarer and rarer. Zero is dear where drafts are good: once seen,

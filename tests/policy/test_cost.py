@@ -46,7 +46,7 @@ def test_learns_the_bend_of_a_roofline() -> None:
 
 
 def test_follows_a_machine_that_gets_slower() -> None:
-    cost = Cost(memory=200)
+    cost = Cost()
     teach(cost, linear, 400)
     teach(cost, lambda n, v, d: 2 * linear(n, v, d), 1500, seed=1)
     assert float(today(cost, 8, np.array([32.0]), np.array([3.0]))[0]) == pytest.approx(2 * linear(8, 32, 3), rel=0.15)
@@ -130,6 +130,39 @@ def test_a_burst_of_slowness_is_not_the_price_of_the_sizes_that_ran_in_it() -> N
     expected = np.array([linear(8, 8 * (1 + int(x)), int(x)) for x in k])
     predicted = cost.predict(8, 8 * (1 + k), k)
     assert predicted / predicted[2] == pytest.approx(expected / expected[2], rel=0.1)
+
+
+def test_what_was_dear_in_slow_times_is_believed_until_few_visits_say_otherwise() -> None:
+    cost, rng, k = Cost(), np.random.default_rng(0), np.array([3.0, 8.0])
+
+    def step(k: int, pace: float) -> None:
+        seconds = pace * linear(16, 16 * (1 + k), k) * math.exp(0.03 * rng.normal())
+        cost.observe([Timed(16, 16 * (1 + k), k, 0, 0, seconds)])
+
+    def dearer() -> float:
+        three, eight = cost.predict(16, 16 * (1 + k), k)
+        return float(eight / three) / (linear(16, 144, 8) / linear(16, 64, 3))
+
+    for i in range(40):
+        step((8, 5, 10)[i % 3], 1.5)
+    for _ in range(400):
+        step(3, 1.0)
+    assert dearer() > 1.2
+    for _ in range(8):
+        step(8, 1.0)
+        for _ in range(20):
+            step(3, 1.0)
+    assert dearer() == pytest.approx(1.0, abs=0.07)
+
+
+def test_a_price_is_doubted_the_more_the_longer_nobody_paid_it() -> None:
+    cost = Cost()
+    doubts = []
+    for phase, steps in ((8, 60), (3, 60), (3, 600), (8, 5)):
+        for _ in range(steps):
+            cost.observe([Timed(16, 16 * (1 + phase), phase, 0, 0, linear(16, 16 * (1 + phase), phase))])
+        doubts.append(float(cost.doubt(16, np.array([144.0]), np.array([8.0]), 0.0)[0]))
+    assert doubts[0] < doubts[1] < doubts[2] > 2 * doubts[3]
 
 
 def test_a_profile_gives_the_shape_and_the_first_live_steps_the_pace() -> None:

@@ -132,7 +132,7 @@ def test_a_slow_start_and_dear_probes_do_not_keep_it_at_zero() -> None:
 def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
     policy = build()
     doubts = [policy._doubt() for policy.fresh in (0.0, 32.0, 3200.0)]
-    assert doubts == pytest.approx([0.25, 0.125, 0.0025], abs=1e-4)
+    assert doubts == pytest.approx([0.15, 0.075, 0.0015], abs=1e-4)
 
 
 def test_no_plan_leaps_beyond_twice_what_was_verified_so_far() -> None:
@@ -195,10 +195,10 @@ def test_the_doubt_about_zero_comes_back_where_nobody_drafts() -> None:
     policy = build()
     for _ in range(2000):
         policy.observe(Step([Round("a", 3, 3, 2)], 3, 3, 1.3e-2, 1, 4))
-    assert policy._doubt() < 0.02
+    assert policy._doubt() < 0.012
     for _ in range(1500):
         policy.observe(Step([Round("a", 0, 0, 0)], 0, 0, 1e-2, 1, 1))
-    assert policy._doubt() > 0.15
+    assert policy._doubt() > 0.09
 
 
 def test_where_texts_are_a_few_rounds_long_drafts_are_shorter() -> None:
@@ -221,3 +221,28 @@ def test_where_texts_are_a_few_rounds_long_drafts_are_shorter() -> None:
             lengths.append(k)
         chosen[tokens] = float(np.mean(lengths[1000:]))
     assert chosen[16] < 0.8 * chosen[1024]
+
+
+def test_a_length_that_may_well_be_cheaper_than_believed_is_drafted_once(step_once: Once) -> None:
+    rng, policy = np.random.default_rng(0), build(confidence=False, guard=False)
+    ids, good = [f"r{i}" for i in range(16)], [[0.9] * 8] * 16
+    for _ in range(300):
+        step_once(policy, ids, good, rng)
+    policy.visits.at = 10**9
+    policy.plan(ids)
+    best = int(policy._rates.argmax())
+    policy._rates = np.where(np.arange(len(policy.ladder)) == best, 1.0, 0.5)
+    assert policy._promising() is None
+    near = next(i for i in range(len(policy.ladder) - 1, 0, -1) if i != best)
+    policy._rates[near] = 0.999
+    assert policy._promising() == policy.ladder[near]
+    policy.steps = policy.visits.look_at
+    assert policy.plan(ids).k == policy.ladder[near]
+    policy.steps += 1
+    assert policy.plan(ids).k == policy.ladder[best]
+    policy._rates[0], policy._rates[near] = 0.999, 0.5
+    assert policy._promising() is None  # zero has visits of its own
+    policy._rates[near], policy.params, policy.sees_confidence = 0.999, GoodputParams(), True
+    assert policy._promising() is None  # judged drafts end where they should
+    policy.judging.left = 64
+    assert policy._promising() == policy.ladder[near]

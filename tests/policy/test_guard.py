@@ -34,7 +34,7 @@ def test_a_policy_that_wins_is_left_alone() -> None:
 
 def test_holding_moves_to_the_length_that_has_become_better() -> None:
     guard = Guard(LADDER)
-    for _ in range(30):
+    for _ in range(15):
         feed(guard, 1.0, 1.5, [1.0, 1.15, 1.15], [1.0, 1.1, 1.3])
     assert guard.fallback == 1
     for _ in range(20):
