@@ -226,9 +226,8 @@ class Goodput:
         self.fresh = min(self.fresh + 1.0, 4 * STALE) if step.draft_steps else self.fresh * (1.0 - 1.0 / STALE)
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
-        if len(self._pending) >= min(
-            LEARN_EVERY, self.steps // EAGER_STEPS, self.awake // 2 if step.k else LEARN_EVERY
-        ):
+        soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else LEARN_EVERY
+        if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS, soon):
             self._learn()
 
     def _learn(self) -> None:

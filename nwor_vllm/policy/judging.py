@@ -14,6 +14,7 @@ from typing import Any
 
 MEMORY = 400.0  # judged steps
 TRIAL = 12  # judged steps before a verdict, the first and after every wait
+SEVERAL = 4  # requests of which so many steps are evidence enough
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
 SIGMAS = 1.0
 MARGIN = 0.02  # in log rate; what a step without judging takes is guessed, among judged ones, and guessed too high
@@ -30,6 +31,10 @@ class Judging:
     @property
     def on(self) -> bool:
         return self.left <= 0
+
+    def due(self, requests: int) -> float:
+        """Judged steps until a trial has its verdict; of a few requests, more steps than those tell more."""
+        return TRIAL - self.tried if self.on and self.tried < TRIAL and requests >= SEVERAL else math.inf
 
     @property
     def advantage(self) -> float:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 
@@ -60,3 +61,19 @@ def test_snapshot_continues_exactly() -> None:
     again.restore(json.loads(json.dumps(judging.snapshot())))
     assert serve(judging, 500, 1.05, 1.0) == serve(again, 500, 1.05, 1.0)
     assert judging.snapshot() == again.snapshot()
+
+
+def test_a_trial_asks_for_its_verdict_in_time_where_steps_say_much() -> None:
+    judging = Judging()
+    assert judging.due(16) == TRIAL
+    assert judging.due(1) == math.inf
+    judging.observe(TRIAL - 2, 10.0, 9.0)
+    assert judging.due(16) == 2
+    judging.observe(2, 2.0, 1.8)
+    assert not judging.on
+    assert judging.due(16) == math.inf
+    judging.wait_on(FIRST_WAIT)
+    assert judging.due(16) == TRIAL
+    judging.observe(TRIAL, 10.0, 12.0)
+    assert judging.on
+    assert judging.due(16) == math.inf
