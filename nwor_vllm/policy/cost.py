@@ -33,9 +33,9 @@ DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY, PREFILL, PRE
 PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
 PRIOR_WIDTH[ANY] = 10.0  # steps without any draft take another path, on some engines a much shorter one
 RIDGE = 1.0 / PRIOR_WIDTH**2
-NOISE = 0.05  # expected relative noise of a step time
+NOISE = 0.05  # least relative noise of a step time
 CLIP = 3.0  # residuals beyond this many noises have no more influence
-WALK = 0.01  # of its value, by how much each weight may have moved in a step (standard deviation)
+WALK = 0.005  # of its value, by how much each weight may have moved in a step (standard deviation)
 EAGER = 64  # until this many steps were seen every call solves, then every SOLVE_EVERY steps
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
@@ -98,6 +98,10 @@ class Cost:
     @property
     def known(self) -> bool:
         return self.seen > 0
+
+    @property
+    def _noise(self) -> float:
+        return NOISE if math.isnan(self.error) else max(NOISE, 1.25 * self.error)  # a Gaussian's deviation
 
     @property
     def _scale(self) -> Floats:
@@ -184,7 +188,7 @@ class Cost:
             clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
         else:
             clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
-        scale = 1.0 / (NOISE * expected)
+        scale = 1.0 / (self._noise * expected)
         scaled = x * scale[:, None]
         self._age(len(x))
         self.moment += scaled.T @ scaled

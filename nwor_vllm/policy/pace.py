@@ -33,6 +33,7 @@ class Pace:
         self.steps = 0
         self.kinds: dict[Kind, tuple[float, float, int]] = {}  # mean log of seconds at pace 0, steps, and the last one
         self.last: list[float] = []  # what the last steps of known kinds told
+        self.waiting: list[tuple[Kind, float, int]] = []  # those whose kinds have not learnt from them yet
 
     def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float]) -> Floats:
         """The pace at each of these steps; a kind that is None tells nothing. A single step that is far off is no pace
@@ -44,21 +45,30 @@ class Pace:
         return paces
 
     def _see(self, kind: Kind, log: float) -> float:
-        mean, count, last = self.kinds.pop(kind, (0.0, 0.0, 0))
-        count *= math.exp((last + 1 - self.steps) / AGE)
-        just = self.now
+        mean, count = self._known(kind, self.steps)
+        just, told = self.now, log - mean
+        if count >= KNOWN:
+            just = told if abs(told - self.now) > FAR else self._follow(told)
+        self.waiting.append((kind, log, self.steps))
+        if len(self.waiting) > WINDOW // 2:  # by then the median knows the pace that it had
+            self._learn(*self.waiting.pop(0))
+        return just
+
+    def _known(self, kind: Kind, step: int) -> tuple[float, float]:
+        mean, count, last = self.kinds.get(kind, (0.0, 0.0, step))
+        return mean, count * math.exp((last + 1 - step) / AGE)
+
+    def _learn(self, kind: Kind, log: float, step: int) -> None:
+        mean, count = self._known(kind, step)
         if count and abs(log - self.now - mean) > FAR:  # that step was suspended, or those that came first were
-            just = log - mean if count >= KNOWN else self.now
             count /= 2
         else:
-            if count >= KNOWN:
-                just = self._follow(log - mean)
             count = min(count + 1.0, STEADY)
             mean += (log - self.now - mean) / count
-        self.kinds[kind] = (mean, count, self.steps) if count >= 0.5 else (log - self.now, 1.0, self.steps)
+        self.kinds.pop(kind, None)
+        self.kinds[kind] = (mean, count, step) if count >= 0.5 else (log - self.now, 1.0, step)
         if len(self.kinds) > MOST:
             del self.kinds[next(iter(self.kinds))]
-        return just
 
     def _follow(self, told: float) -> float:
         self.last = [*self.last[1 - WINDOW :], told]
@@ -68,7 +78,8 @@ class Pace:
 
     def snapshot(self) -> dict[str, Any]:
         kinds = [[*kind, *known] for kind, known in self.kinds.items()]
-        return {"now": self.now, "last": list(self.last), "steps": self.steps, "kinds": kinds}
+        waiting = [[*kind, *rest] for kind, *rest in self.waiting]
+        return {"now": self.now, "last": list(self.last), "steps": self.steps, "kinds": kinds, "waiting": waiting}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.now, self.last = float(state["now"]), [float(x) for x in state["last"]]
@@ -77,3 +88,6 @@ class Pace:
             (int(a), int(b), int(c), int(d)): (float(mean), float(count), int(at))
             for a, b, c, d, mean, count, at in state["kinds"]
         }
+        self.waiting = [
+            ((int(a), int(b), int(c), int(d)), float(log), int(at)) for a, b, c, d, log, at in state["waiting"]
+        ]
