@@ -293,7 +293,7 @@ class Goodput:
             return
         judged = [i for i, step in enumerate(found.whole.tolist()) if seen[step].judged]
         took, plain = found.seconds[judged].sum(), found.shadow_seconds[judged, -1].sum()
-        self.judging.observe(len(judged), float(took), float(plain))
+        self.judging.observe(len(judged), float(took), float(plain), len(batch.ids) / len(seen))
         for i in judged:
             if not seen[found.whole[i]].step.prefill_tokens:
                 achieved = float(found.tokens[i]) * self.ratio / (float(found.seconds[i]) * self.rate)

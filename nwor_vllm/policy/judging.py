@@ -1,6 +1,6 @@
 """Does reading the drafter's confidence pay? The plan that uses it, against the one that history alone makes.
 
-Both are good plans, so the better mean has the steps, without waiting for certainty. What judged steps took is held
+Both are good plans, so the better one has the steps, without waiting for certainty. What judged steps took is held
 against what the plain plan would have for the same text. While it loses, the plain plan has the steps for a wait that
 doubles; then as many judged steps as at first say whether that still holds, with the evidence of before at a quarter of
 its weight: early steps were judged by a confidence that was not calibrated yet.
@@ -14,16 +14,20 @@ from typing import Any
 
 MEMORY = 400.0  # judged steps
 TRIAL = 12  # judged steps before a verdict, the first and after every wait
-SEVERAL = 4  # requests of which so many steps are evidence enough
+SEVERAL = 4  # requests of which so many steps are evidence enough; of fewer, more steps are
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
-SIGMAS = 1.0
+SIGMAS = 2.0
 MARGIN = 0.02  # in log rate; what a step without judging takes is guessed, among judged ones, and guessed too high
 FIELDS = ("tried", "left", "wait", "mine", "plain", "weight", "scatter")
 
 
+def _worth(requests: float) -> float:
+    return min(1.0, max(requests, 1.0) / SEVERAL)
+
+
 class Judging:
     def __init__(self) -> None:
-        self.tried = 0  # judged steps since they have had the steps
+        self.tried = 0.0  # judged steps since they have had the steps
         self.left, self.wait = 0, FIRST_WAIT  # steps until judging is tried again, if it is not now
         self.mine = self.plain = self.weight = 0.0  # discounted: seconds of judged steps, of the plain plan's, steps
         self.scatter = 0.0  # discounted squares of the difference of both's log rates
@@ -33,8 +37,8 @@ class Judging:
         return self.left <= 0
 
     def due(self, requests: int) -> float:
-        """Judged steps until a trial has its verdict; of a few requests, more steps than those tell more."""
-        return TRIAL - self.tried if self.on and self.tried < TRIAL and requests >= SEVERAL else math.inf
+        """Judged steps of so many requests until a trial has its verdict."""
+        return (TRIAL - self.tried) / _worth(requests) if self.on and self.tried < TRIAL else math.inf
 
     @property
     def advantage(self) -> float:
@@ -47,15 +51,15 @@ class Judging:
             return
         self.left -= n
         if self.on:
-            self.tried = 0
+            self.tried = 0.0
             self._fade(0.25)
 
-    def observe(self, n: int, seconds: float, plain: float) -> None:
-        """What `n` judged steps took, and what the plain plan would have."""
+    def observe(self, n: int, seconds: float, plain: float, requests: float = SEVERAL) -> None:
+        """What `n` judged steps of so many requests each took, and what the plain plan would have."""
         if not n:
             return
         self._fade((1.0 - 1.0 / MEMORY) ** n)
-        self.tried += n
+        self.tried += n * _worth(requests)
         self.weight += n
         self.mine += seconds
         self.plain += plain

@@ -66,7 +66,10 @@ def test_snapshot_continues_exactly() -> None:
 def test_a_trial_asks_for_its_verdict_in_time_where_steps_say_much() -> None:
     judging = Judging()
     assert judging.due(16) == TRIAL
-    assert judging.due(1) == math.inf
+    assert judging.due(1) == 4 * TRIAL
+    judging.observe(TRIAL, 12.0, 9.0, requests=1)
+    assert judging.on
+    judging = Judging()
     judging.observe(TRIAL - 2, 10.0, 9.0)
     assert judging.due(16) == 2
     judging.observe(2, 2.0, 1.8)
