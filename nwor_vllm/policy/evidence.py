@@ -22,6 +22,7 @@ class Seen:
     step: Step
     plan: Plan
     plain: Plan
+    pace: float = 1.0  # how many times as long as at first steps took just then
 
     @property
     def judged(self) -> bool:
@@ -30,12 +31,12 @@ class Seen:
 
     def sped(self, factor: float) -> Seen:
         """As it would have been on a machine so many times as fast."""
-        return replace(self, step=replace(self.step, seconds=self.step.seconds / factor))
+        return Seen(self.step, self.plan, self.plain, self.pace * factor)
 
     def timed(self) -> Timed:
-        s = self.step
+        s, seconds = self.step, self.step.seconds / self.pace
         return Timed(
-            s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, s.seconds, s.prefill_tokens
+            s.requests, s.verified_tokens, s.draft_steps, s.judged_steps, s.context_tokens, seconds, s.prefill_tokens
         )
 
 

@@ -20,7 +20,7 @@ from nwor_vllm.policy import POLICIES, make_policy
 LENGTHS = (0, 1, 2, 3, 5, 8, 10, 15)
 BATCHES = (1, 8, 32, 128)
 SEEDS = 5
-STEPS = {1: 1200, 8: 1000, 32: 600, 128: 480}  # of a batch, at 2.5 tokens a request
+STEPS = {1: 1100, 8: 1000, 32: 600, 128: 480}  # of a batch, at 2.5 tokens a request
 AIM = 1.10  # over O1 on mixed and switching traffic
 
 
