@@ -147,11 +147,16 @@ class Cost:
         low, high = self.predict(requests, np.array([fewer, tokens]), np.zeros(2), context)
         return max(0.0, float(high - low)) / (tokens - fewer)
 
+    def _precision(self) -> Floats:
+        """Of the weights over the prior's: what the steps tell, and the ridge."""
+        a = self.moment * np.outer(self._scale, self._scale) + np.diag(RIDGE)
+        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # absurd step times leave a matrix that rounding makes singular
+        return a
+
     def doubt(self, requests: float, verified: Floats, steps: Floats, context: float) -> Floats:
         """Standard deviation of what `predict` says, over it."""
-        scale = self._scale
-        covariance = np.linalg.inv(self.moment * np.outer(scale, scale) + np.diag(RIDGE))
-        x = features(requests, verified, steps, context) * scale
+        covariance = np.linalg.inv(self._precision())
+        x = features(requests, verified, steps, context) * self._scale
         variance = np.maximum(((x @ covariance) * x).sum(axis=1), 0.0)
         return np.asarray(np.sqrt(variance) / self.predict(requests, verified, steps, context))
 
@@ -206,7 +211,7 @@ class Cost:
         walk = math.sqrt(steps) * WALK * (self.weights + self.prior)
         moment = self.moment * np.outer(walk, walk)
         a = np.eye(SIZE) + moment
-        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # absurd step times leave a matrix that rounding makes singular
+        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # as in `_precision`
         less = np.linalg.solve(a, np.column_stack([moment, self.target * walk]))
         self.moment = 0.5 * (less[:, :-1] + less[:, :-1].T) / np.outer(walk, walk)
         self.target = less[:, -1] / walk
@@ -242,8 +247,7 @@ class Cost:
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""
         scale = self._scale
-        a = self.moment * np.outer(scale, scale) + np.diag(RIDGE)
-        a[np.diag_indices(SIZE)] *= 1.0 + 1e-9  # as above
+        a = self._precision()
         b = self.target * scale + RIDGE
         free = np.ones(SIZE, bool)
         w = np.zeros(SIZE)
