@@ -35,22 +35,25 @@ class Chooser:
         """`most`: verified tokens at most; `doubt`: by how much zero must be better where all tokens are drafts;
         `advantage`: how many times as fast drafts are with what is not weighed here."""
         n, lengths = len(survival), self.lengths
-        full = np.append(0.0, np.add.accumulate(survival.sum(axis=0)))[self.rungs]
-        zero = (1.0 - doubt * float((full / (n + full)).max())) / advantage
+        sums = np.zeros(survival.shape[1] + 1)
+        np.add.accumulate(survival.sum(axis=0), out=sums[1:])
+        full = sums[self.rungs]
+        zero = (1.0 - doubt * float(full[-1]) / (n + float(full[-1]))) / advantage
         trust = np.where(self.rungs == 0, zero, n * (1.0 + lengths) <= most)
-        seconds = np.maximum.accumulate(self.cost.predict(n, n * (1.0 + lengths), lengths, context))
-        found = self._pick(n, n + full, seconds, trust)
+        seconds, slots = self.cost.lengths(n, lengths, context)
+        found = self._pick(n, n + full, np.maximum.accumulate(seconds), trust)
         k = lengths[found.best]
         if not trims or n == 1 or k == 0:
             return found
         # Trimming must pay as a whole: where verification is free up to a size, a slope across its end says nothing.
-        prices = found.worth * self.cost.verify_slot(n, n * (1.0 + k), context) * TRIMS
+        prices = found.worth * float(slots[found.best]) * TRIMS
         some = survival[:: max(1, n // SAMPLE)]
-        worth = some >= prices[:, None, None]
+        worth = (some >= prices[:, None, None]).astype(float)
         sums = np.zeros((2, len(TRIMS), survival.shape[1] + 1))
-        sums[0, :, 1:], sums[1, :, 1:] = (some * worth).sum(axis=1), worth.sum(axis=1)
-        kept, slots = np.add.accumulate(sums, axis=2)[:, :, self.rungs] * (n / len(some))
-        seconds = self.cost.predict(n, n + slots, np.broadcast_to(lengths, slots.shape), context)
+        np.einsum("rj,prj->pj", some, worth, out=sums[0, :, 1:])
+        np.einsum("prj->pj", worth, out=sums[1, :, 1:])
+        kept, verified = np.add.accumulate(sums, axis=2)[:, :, self.rungs] * (n / len(some))
+        seconds = self.cost.predict(n, n + verified, np.broadcast_to(lengths, verified.shape), context)
         found = self._pick(n, n + kept, np.maximum.accumulate(seconds, axis=1), trust)
         trim, best = divmod(found.best, len(lengths))
         return found._replace(best=best, own=found.own % len(lengths), price=float(prices[trim]))

@@ -141,11 +141,15 @@ class Cost:
         w = self._terms
         return float(w[DRAFT] + w[JUDGED] + (w[DRAFT_REQUEST] + w[JUDGED_REQUEST]) * requests)
 
-    def verify_slot(self, requests: float, tokens: float, context: float = 0.0) -> float:
-        """Seconds that each of the last quarter of `tokens` adds: what trimming saves."""
-        fewer = max(0.75 * tokens, requests + 0.5)  # some draft is verified in any case
-        low, high = self.predict(requests, np.array([fewer, tokens]), np.zeros(2), context)
-        return max(0.0, float(high - low)) / (tokens - fewer)
+    def lengths(self, requests: float, drafts: Floats, context: float = 0.0) -> tuple[Floats, Floats]:
+        """Seconds of steps that draft so many tokens for every request; and what each of the last quarter of a step's
+        verified tokens adds: what trimming saves."""
+        tokens = requests * (1.0 + drafts)
+        fewer = np.maximum(0.75 * tokens, requests + 0.5)  # some draft is verified in any case
+        nothing = np.zeros(len(drafts))
+        sizes, steps = np.concatenate([tokens, tokens, fewer]), np.concatenate([drafts, nothing, nothing])
+        seconds, high, low = self.predict(requests, sizes, steps, context).reshape(3, -1)
+        return seconds, np.maximum(high - low, 0.0) / (tokens - fewer)
 
     def _precision(self) -> Floats:
         """Of the weights over the prior's: what the steps tell, and the ridge."""

@@ -98,7 +98,8 @@ class Goodput:
         self._last: Plan = Plan(0)
         self._plain: Plan = Plan(0)
         self._decided: tuple[Plan, Plan] | None = None  # with and without confidence
-        self._here: set[str] = set()  # whom a plan was last asked for
+        self._asked: list[str] = []  # whom a plan was last asked for, but those who have ended
+        self._where: Ints = np.zeros(0, np.int64)  # their rows
         self._others = 0  # who came or went since the decision
         self._pending: list[Seen] = []
         self._over: list[str] = []  # requests that have ended and whose last rounds are still to be learnt from
@@ -109,10 +110,10 @@ class Goodput:
         if not requests or self.k_max == 0:
             self._last = self._plain = Plan(0, watch=False)
             return self._last
-        if self._here.symmetric_difference(requests):
+        if requests != self._asked:
             self._meet(requests)
         if self._decided is None or self._others * DRIFT >= len(requests):
-            self._decided, self._others = self._decide(list(requests), context_tokens), 0
+            self._decided, self._others = self._decide(self._asked, context_tokens), 0
         judged, self._plain = self._decided
         forced = self._forced(self._plain.k)
         if forced is not None:
@@ -130,14 +131,13 @@ class Goodput:
         return [r for i, r in enumerate(requests) if i % stride]
 
     def _meet(self, requests: Sequence[str]) -> None:
-        """Others than a plan was last asked for."""
-        self._rows([r for r in requests if r not in self._here])
-        self._others += len(self._here.symmetric_difference(requests))
-        self._here = set(requests)
+        """Others than a plan was last asked for, or in another order."""
+        self._others += len(set(self._asked).symmetric_difference(requests))
+        self._asked, self._where = list(requests), self._rows(requests)
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
         """The plan that uses the drafter's confidence, and the one that does without."""
-        n = len(rows := self._rows(requests))
+        n = len(rows := self._where)
         survival, found = self._choose(rows, context)
         if not self.ladder[found.best]:  # where nobody looks, bad luck would stay; many requests see more in a step
             survival, found = self._choose(rows, context, HOPE / math.sqrt(n))
@@ -147,13 +147,13 @@ class Goodput:
         if k == 0:
             return Plan(0, watch=False), Plan(0, watch=False)
         plain = Plan(k, self._caps(requests, survival, k, found.price), watch=False)
-        if not self.params.confidence:
+        if not self.params.confidence or not self.judging.on:  # that only a lesson changes
             return plain, plain
         if not self.sees_confidence:
             return Plan(k, plain.caps), plain
         price = self.price.value
         if not self.price.known:
-            price = worth * self.cost.verify_slot(n, n * (1.0 + k), context)
+            price = worth * float(self.cost.lengths(n, np.array([float(k)]), context)[1][0])
         stop = self._stop_rule(survival, n, price, worth)
         if self.honoured > 0.5:  # the rule ends the step; with many requests their luck averages out
             k = self.k_max if n <= FEW else next((r for r in self.ladder if r > own), own)
@@ -305,8 +305,9 @@ class Goodput:
 
     def forget(self, request_id: str) -> None:
         self._over.append(request_id)
-        if request_id in self._here:
-            self._here.remove(request_id)
+        if request_id in self._asked:
+            self._where = np.delete(self._where, self._asked.index(request_id))
+            self._asked.remove(request_id)
             self._others += 1
         if not self._pending:
             self._let_go()
@@ -327,7 +328,7 @@ class Goodput:
         return {name: getattr(self, name) for name in SCALARS} | {p: getattr(self, p).snapshot() for p in PARTS}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._pending, self._over, self._decided, self._here = [], [], None, set()
+        self._pending, self._over, self._decided, self._asked = [], [], None, []
         for name, value in state.items():
             part = getattr(self, name)
             if hasattr(part, "restore"):

@@ -47,7 +47,7 @@ def test_a_hopeless_request_in_a_good_batch_is_capped(step_once: Once) -> None:
     hazards = [[0.95] * 8] * 7 + [[0.02] * 8]
     for _ in range(150):
         plan = step_once(policy, ids, hazards, rng)
-    policy.visits.at, policy.judging.left = 10**9, 0
+    policy.visits.at, policy.judging.left, policy._decided = 10**9, 0, None
     plan = policy.plan(ids)
     assert plan.k >= 3
     assert plan.caps.get("poor", plan.k) <= 1
@@ -59,7 +59,7 @@ def test_with_confidence_it_gives_the_drafter_a_stop_rule_and_uses_it_only_if_ob
     for _ in range(121):  # an engine that always drafts to the end; the next step is no visit
         plan = step_once(policy, ["a"], [[0.9, 0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]], rng)
     assert policy.honoured < 0.5
-    policy.visits.at, policy.judging.left = 10**9, 0
+    policy.visits.at, policy.judging.left, policy._decided = 10**9, 0, None
     plan = policy.plan(["a"])
     assert plan.stop is not None
     assert plan.stop.draft_cost > 0
