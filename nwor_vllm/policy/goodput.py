@@ -95,8 +95,7 @@ class Goodput:
         self._rates: Floats = np.zeros(len(self.ladder))  # of every length over the best one's, where it was decided
         self._load = (1, 0)  # and for how many requests, of how much context
         self.price = Price()
-        self._last: Plan = Plan(0)
-        self._plain: Plan = Plan(0)
+        self._last = self._plain = Plan(0)
         self._decided: tuple[Plan, Plan] | None = None  # with and without confidence
         self._asked: list[str] = []  # whom a plan was last asked for, but those who have ended
         self._where: Ints = np.zeros(0, np.int64)  # their rows
@@ -109,7 +108,7 @@ class Goodput:
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         if not requests or self.k_max == 0:
             self._last = self._plain = Plan(0, watch=False)
-            return self._last
+            return self._plain
         if requests != self._asked:
             self._meet(requests)
         if self._decided is None or self._others * DRIFT >= len(requests):
@@ -205,7 +204,8 @@ class Goodput:
         """A draft length that the guard, a probe from zero, or the cost model's curiosity takes instead of `k`."""
         if self.params.guard and self.guard.fallback != POLICY:
             return self.guard.fallback
-        return self.visits.length(k, self.steps, self.zero, self._promising)
+        kept = float(self.survival.base[0])
+        return self.visits.forced(k, self.steps, self.zero, kept, self._promising, self._load[0])
 
     def _promising(self) -> int | None:
         """A length that is the best one if what it costs is believed too high, as well it may be."""
@@ -221,13 +221,13 @@ class Goodput:
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        self.visits.done(step.k)
+        fresh = self.visits.done(step.k)
         self.widest = max(self.widest, step.verified_tokens)
         self.fresh = min(self.fresh + 1.0, 4 * STALE) if step.draft_steps else self.fresh * (1.0 - 1.0 / STALE)
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
         soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else LEARN_EVERY
-        if len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS, soon):
+        if fresh or len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS, soon):
             self._learn()
 
     def _learn(self) -> None:
@@ -292,8 +292,8 @@ class Goodput:
         if self.guard.fallback != POLICY:
             return
         judged = [i for i, step in enumerate(found.whole.tolist()) if seen[step].judged]
-        took, plain = found.seconds[judged].sum(), found.shadow_seconds[judged, -1].sum()
-        self.judging.observe(len(judged), float(took), float(plain), len(batch.ids) / len(seen))
+        took, plain = float(found.seconds[judged].sum()), float(found.shadow_seconds[judged, -1].sum())
+        self.judging.observe(len(judged), took, plain, len(batch.ids) / len(seen))
         for i in judged:
             if not seen[found.whole[i]].step.prefill_tokens:
                 achieved = float(found.tokens[i]) * self.ratio / (float(found.seconds[i]) * self.rate)

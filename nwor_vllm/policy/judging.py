@@ -14,7 +14,7 @@ from typing import Any
 
 MEMORY = 400.0  # judged steps
 TRIAL = 12  # judged steps before a verdict, the first and after every wait
-SEVERAL = 4  # requests of which so many steps are evidence enough; of fewer, more steps are
+SEVERAL, MOST = 4, 1.5  # requests of which so many steps are evidence enough; no step is more than so many of them
 FIRST_WAIT, MAX_WAIT = 64, 1024  # steps
 SIGMAS = 2.0
 MARGIN = 0.02  # in log rate; what a step without judging takes is guessed, among judged ones, and guessed too high
@@ -22,7 +22,9 @@ FIELDS = ("tried", "left", "wait", "mine", "plain", "weight", "scatter")
 
 
 def _worth(requests: float) -> float:
-    return min(1.0, max(requests, 1.0) / SEVERAL)
+    """How much evidence a step is: luck averages out over its requests, the luck of its time does not."""
+    share = max(requests, 1.0) / SEVERAL
+    return share if share < 1.0 else min(math.sqrt(share), MOST)
 
 
 class Judging:

@@ -1,4 +1,8 @@
-"""When another draft length than the best is drafted: nothing is believed for ever because it is never tried."""
+"""When another plan than the best has a step: nothing is believed for ever because it is never tried.
+
+Where one length's rounds start, another length's would not, and the text may look better from there. A single step does
+not show that, several in a row do; but they only tell something of many requests.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +14,52 @@ MAX_PROBE_WAIT = 512  # steps at zero
 MAX_WAIT = 256  # steps between visits, at last
 LOOK = 23  # steps between looks for one that may be better than believed
 NEAR = 0.6  # zero's rate over the best one's, beyond which it is worth a look
-FIELDS = ("idle", "idle_wait", "at", "wait", "number", "twice", "look_at")
+WORTH = 0.0  # log-odds of a first draft that make a probe's second step worth while
+MANY, IN_A_ROW = 64, 4  # requests that make visits so many steps long
+FIELDS = ("idle", "idle_wait", "again", "awake", "at", "wait", "number", "look_at", "length", "left", "tells")
 
 
 class Visits:
-    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, for their cost: of its
-    neighbours, ever more rarely, and of those that may well be better."""
+    """Probes while the best length is zero, rarer as they fail; else visits of other lengths, for what they cost and
+    bring: of its neighbours, ever more rarely, and of those that may well be better."""
 
     def __init__(self, ladder: Sequence[int], probe_interval: int, cost_interval: int) -> None:
         self.ladder, self.probe_interval = tuple(ladder), probe_interval
         self.idle, self.idle_wait = 0, probe_interval
+        self.again = False  # a probe goes on
+        self.awake = 0  # steps since the best length was zero
         self.at, self.wait, self.number = 2, cost_interval // 2 or 1, 0  # the next visit's step
-        self.twice = False
         self.look_at = LOOK
+        self.length, self.left = 0, 0  # of the last visit, and the steps that it still has
+        self.tells = False  # it was one that says what rounds bring, and is not learnt from yet
 
-    def length(self, k: int, step: int, zero: float, promising: Callable[[], int | None]) -> int | None:
+    def forced(
+        self, k: int, step: int, zero: float, kept: float, promising: Callable[[], int | None], requests: int = 1
+    ) -> int | None:
         """What step number `step` drafts instead of `k`, if it is one of those. `zero`: its rate over that of `k`;
-        `promising` says which length may be better than `k`."""
+        `kept`: log-odds that a first draft is; `promising` says which length may be better than `k`."""
         if k == 0:
-            self.idle += 1
-            if self.idle >= self.idle_wait:
-                return next((r for r in self.ladder if r >= PROBE_K), self.ladder[-1])
-            return None
-        self.idle, self.idle_wait = 0, self.probe_interval
-        if self.twice:  # the first step without drafts still verified those of the step before
-            self.twice = False
-            return 0
+            self.idle, self.awake, self.left = self.idle + 1, 0, 0
+            self.at, self.look_at = max(self.at, step + LOOK), max(self.look_at, step + LOOK)
+            if self.idle < self.idle_wait and not self.again:
+                return None
+            # The first draft after a pause does not show what drafts cost, but only good ones are worth another.
+            self.again = not self.again and kept > WORTH
+            return next((r for r in self.ladder if r >= PROBE_K), self.ladder[-1])
+        self.idle, self.awake, self.again = 0, self.awake + 1, False
+        if self.awake >= self.idle_wait:  # drafts are good again, not just lucky
+            self.idle_wait = self.probe_interval
+        if self.left:
+            self.left -= 1
+            return self.length
         if step >= self.at:
-            return self._visit(k, step, zero)
+            return self._visit(k, step, zero, requests)
         if step < self.look_at:
             return None
         self.look_at = step + LOOK
         return promising()
 
-    def _visit(self, k: int, step: int, zero: float) -> int:
+    def _visit(self, k: int, step: int, zero: float, requests: int) -> int:
         """None, one rung shorter, one longer, in turn, rarer and rarer. Zero is dear where drafts are good: once seen,
         only where it is near."""
         here = self.ladder.index(k)
@@ -54,14 +70,19 @@ class Visits:
         self.number += 1
         if turn == len(turns) - 1:
             self.wait = min(2 * self.wait, MAX_WAIT)
-        length = self.ladder[turns[turn]]
-        self.twice = length == 0
-        return length
+        self.length = self.ladder[turns[turn]]
+        # The first step without drafts still verifies those of the step before.
+        self.tells = self.length > 0 and requests >= MANY
+        self.left = 1 if self.length == 0 else IN_A_ROW - 1 if self.tells else 0
+        return self.length
 
-    def done(self, k: int) -> None:
-        """A step has drafted `k`."""
+    def done(self, k: int) -> bool:
+        """A step has drafted `k`; whether a visit is over that is to be learnt from at once."""
         if k > 0 and self.idle >= self.idle_wait:  # that was a probe from zero
             self.idle, self.idle_wait = 0, min(2 * self.idle_wait, MAX_PROBE_WAIT)
+        over = self.tells and not self.left
+        self.tells = self.tells and not over
+        return over
 
     def snapshot(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FIELDS}

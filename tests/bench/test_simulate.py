@@ -106,7 +106,7 @@ def joint_optimum(trace: Trace, curve: Roofline, batch: int, tokens: int) -> flo
 def test_in_a_batch_the_schedule_found_is_near_the_joint_optimum_and_never_above(seed: int, curve: Roofline) -> None:
     trace = tiny(seed, 2, 7, 3)
     optimum = joint_optimum(trace, curve, 2, 28)
-    found = oracle.clairvoyant(Load(trace, (0, 1), 2, 28), curve)
+    found = oracle.clairvoyant(Load(trace, (0, 1), 2, 28, together=True), curve)
     assert 0.94 * optimum < found <= optimum * (1 + 1e-6)
 
 
@@ -120,7 +120,7 @@ def test_no_schedule_passes_the_bound(seed: int, curve: Roofline) -> None:
 
 def test_the_bound_is_tight_where_all_requests_are_alike() -> None:
     trace = Trace(np.arange(5) * 20, np.full(80, 3), np.full((80, 4), 0.9), ("x",) * 4)
-    load = Load(trace, (0, 1, 2, 3), 4, 80)
+    load = Load(trace, (0, 1, 2, 3), 4, 80, together=True)
     best = max(oracle.fixed_rates(load, SMALL, (0, 1, 2, 3, 4)).values())
     assert oracle.bound(load, SMALL) == pytest.approx(best)
     assert oracle.clairvoyant(load, SMALL) == pytest.approx(best)
@@ -140,7 +140,7 @@ def test_oracles_are_ordered(batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_best_rule_is_the_best_of_all_served_one_by_one(batch: int) -> None:
     trace = generate(DOMAINS[2], 12, 40, 6, 1)
-    load = Load(trace, tuple(range(12)), batch, 400)
+    load = Load(trace, tuple(range(12)), batch, 400, together=True)
 
     def serve(cap: int, threshold: float) -> float:
         texts = [
@@ -227,6 +227,15 @@ def test_clients_serve_their_texts_end_to_end() -> None:
     assert lanes.room[lanes.last - 1].tolist() == [0, 0]
 
 
+def test_clients_are_not_all_at_the_same_place_of_their_texts() -> None:
+    trace = generate(DOMAINS[2], 4, 40, 8, 5)
+    lengths = np.diff(trace.starts)
+    lanes = Lanes(Load(trace, (0, 1, 2, 3), 4, 100))
+    assert (lanes.start - lanes.first).tolist() == [0, lengths[1] // 4, lengths[2] // 2, 3 * lengths[3] // 4]
+    lanes = Lanes(Load(trace, (0, 1, 2, 3), 4, 100, together=True))
+    assert lanes.start.tolist() == lanes.first.tolist()
+
+
 class Scripted:
     """A policy with one plan, that keeps what it is told."""
 
@@ -249,7 +258,7 @@ class Scripted:
 def test_replay_applies_the_stop_rule_as_it_is_stated(batch: int) -> None:
     trace = generate(DOMAINS[2], 20, 40, 8, 5)
     rule = StopRule(verify_cost=0.3, draft_cost=0.2, calibration=((0.1, 0.9),))
-    load = Load(trace, tuple(range(20)), batch, 40)
+    load = Load(trace, tuple(range(20)), batch, 40, together=True)
     policy = Scripted(Plan(8, {"1": 2}, rule, {"2": 0.5}))
     replay(policy, load, CURVE)
     step, lanes = policy.steps[0], Lanes(load)

@@ -126,7 +126,7 @@ def test_a_slow_start_and_dear_probes_do_not_keep_it_at_zero() -> None:
         policy.observe(Step(rounds, plan.k, plan.k, seconds, 8, 8 * (1 + plan.k)))
         lengths.append(plan.k)
     assert lengths[:100].count(0) > 50
-    assert np.median(lengths[-200:]) >= 3
+    assert np.median(lengths[300:]) >= 3  # two or three probes are enough, as they show what drafts really cost
 
 
 def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:

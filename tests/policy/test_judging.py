@@ -4,8 +4,9 @@ import json
 import math
 
 import numpy as np
+import pytest
 
-from nwor_vllm.policy.judging import FIRST_WAIT, MARGIN, MAX_WAIT, TRIAL, Judging
+from nwor_vllm.policy.judging import FIRST_WAIT, MARGIN, MAX_WAIT, MOST, TRIAL, Judging
 
 
 def serve(judging: Judging, steps: int, mine: float, plain: float, noise: float = 0.1, seed: int = 0) -> int:
@@ -65,18 +66,20 @@ def test_snapshot_continues_exactly() -> None:
 
 def test_a_trial_asks_for_its_verdict_in_time_where_steps_say_much() -> None:
     judging = Judging()
-    assert judging.due(16) == TRIAL
+    assert judging.due(4) == TRIAL
     assert judging.due(1) == 4 * TRIAL
+    assert judging.due(6) == pytest.approx(TRIAL / math.sqrt(1.5))
+    assert judging.due(1000) == TRIAL / MOST
     judging.observe(TRIAL, 12.0, 9.0, requests=1)
     assert judging.on
     judging = Judging()
     judging.observe(TRIAL - 2, 10.0, 9.0)
-    assert judging.due(16) == 2
+    assert judging.due(4) == 2
     judging.observe(2, 2.0, 1.8)
     assert not judging.on
     assert judging.due(16) == math.inf
     judging.wait_on(FIRST_WAIT)
-    assert judging.due(16) == TRIAL
+    assert judging.due(4) == TRIAL
     judging.observe(TRIAL, 10.0, 12.0)
     assert judging.on
     assert judging.due(16) == math.inf

@@ -22,6 +22,7 @@ class Load:
     tokens: int
     batches: tuple[int, ...] = ()  # bursts: the number of clients changes to the next of these
     period: int = 0  # tokens between changes
+    together: bool = False  # clients begin with their first texts' first tokens, not spread over these texts
 
     @property
     def clients(self) -> int:
@@ -32,7 +33,11 @@ class Load:
 
 
 class Lanes:
-    """The texts of each client end to end, as flat arrays: `position` in the trace, and tokens left behind each."""
+    """The texts of each client end to end, as flat arrays: `position` in the trace, and tokens left behind each.
+
+    Clients `start` spread over their first texts, like those of a server that has run for a while: texts of one length
+    would else be in step for good, and every step would see all of them at the same place.
+    """
 
     def __init__(self, load: Load) -> None:
         trace, n = load.trace, load.clients
@@ -46,6 +51,7 @@ class Lanes:
         total = sizes.sum(axis=1)
         self.first: Ints = np.concatenate([[0], np.cumsum(total)[:-1]])  # where each client's texts begin
         self.last: Ints = self.first + total
+        self.start: Ints = self.first + (0 if load.together else np.arange(n) * sizes[:, 0] // n)
         flat, ends = dealt.ravel(), np.cumsum(sizes.ravel())
         index = np.arange(int(ends[-1]))
         owner = np.repeat(np.arange(len(flat)), sizes.ravel())

@@ -53,7 +53,7 @@ def best_rule(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
     caps = np.array([k for k in lengths if k > 1])[:, None, None]
     kept = np.minimum(sure, caps).reshape(-1, sure.shape[1])  # [rules, positions of the trace]
     drafted = np.minimum(sure + 1, caps).reshape(kept.shape)  # the one that fell short was drafted too
-    at = np.tile(lanes.first, (len(kept), 1))
+    at = np.tile(lanes.start, (len(kept), 1))
     time = times(curve, n, trace.k_max, True)
     tokens, seconds = np.zeros((2, len(kept)))
     every = np.arange(len(kept))
@@ -192,7 +192,7 @@ def _walk(load: Load, curve: Curve, left: Floats, slots: Floats, worth: Floats, 
     gain = np.take_along_axis(gain, choice, axis=2)
     table = times(curve, n, trace.k_max, False)
     count, every = len(left), np.arange(len(left))
-    at = np.tile(lanes.first, (count, 1))
+    at = np.tile(lanes.start, (count, 1))
     tokens, seconds, work = np.zeros((3, count))
     while len(every):
         position = lanes.position[at[every]]

@@ -45,7 +45,7 @@ class Running:
 
     def __init__(self, load: Load, lanes: Lanes) -> None:
         self.load, self.lanes = load, lanes
-        self.at: Ints = lanes.first.copy()
+        self.at: Ints = lanes.start.copy()
         self.made = 0
         self.ids: list[str] = []
         self.active: Ints = np.arange(0)
@@ -186,7 +186,7 @@ def replay_tables(load: Load, curve: Curve, tables: Sequence[Mapping[int, int]])
     sizes_in = np.arange(1, n + 1)  # requests that may be running
     lengths = table[:, np.abs(sizes_in[:, None] - sizes).argmin(axis=1)]
     price = np.asarray(curve.seconds(sizes_in, sizes_in * (1 + lengths), lengths), float)
-    at = np.tile(lanes.first, (count, 1))
+    at = np.tile(lanes.start, (count, 1))
     active = np.tile(np.arange(n) < load.size(0), (count, 1))
     tokens, steps, rounds = np.zeros((3, count), np.int64)
     seconds = np.zeros(count)
