@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,7 @@ class Plan:
     watch: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """One request's finished round. Positions after `accepted` + 1 were not observed (the rejection censors them), and
     what lies beyond a text's end is neither verified nor accepted."""
 

@@ -97,8 +97,9 @@ class Goodput:
         self.price = Price()
         self._last = self._plain = Plan(0)
         self._decided: tuple[Plan, Plan] | None = None  # with and without confidence
-        self._asked: list[str] = []  # whom a plan was last asked for, but those who have ended
+        self._asked: list[str] = []  # whom a plan was last asked for
         self._where: Ints = np.zeros(0, np.int64)  # their rows
+        self._moved = False  # if someone has ended since
         self._others = 0  # who came or went since the decision
         self._pending: list[Seen] = []
         self._over: list[str] = []  # requests that have ended and whose last rounds are still to be learnt from
@@ -109,7 +110,7 @@ class Goodput:
         if not requests or self.k_max == 0:
             self._last = self._plain = Plan(0, watch=False)
             return self._plain
-        if requests != self._asked:
+        if self._moved or requests != self._asked:
             self._meet(requests)
         if self._decided is None or self._others * DRIFT >= len(requests):
             self._decided, self._others = self._decide(self._asked, context_tokens), 0
@@ -132,7 +133,7 @@ class Goodput:
     def _meet(self, requests: Sequence[str]) -> None:
         """Others than a plan was last asked for, or in another order."""
         self._others += len(set(self._asked).symmetric_difference(requests))
-        self._asked, self._where = list(requests), self._rows(requests)
+        self._asked, self._where, self._moved = list(requests), self._rows(requests), False
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
         """The plan that uses the drafter's confidence, and the one that does without."""
@@ -305,10 +306,7 @@ class Goodput:
 
     def forget(self, request_id: str) -> None:
         self._over.append(request_id)
-        if request_id in self._asked:
-            self._where = np.delete(self._where, self._asked.index(request_id))
-            self._asked.remove(request_id)
-            self._others += 1
+        self._moved = True  # its name may come again
         if not self._pending:
             self._let_go()
 

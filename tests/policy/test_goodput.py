@@ -129,6 +129,16 @@ def test_a_slow_start_and_dear_probes_do_not_keep_it_at_zero() -> None:
     assert np.median(lengths[300:]) >= 3  # two or three probes are enough, as they show what drafts really cost
 
 
+def test_a_name_that_comes_again_is_another_request() -> None:
+    policy = build()
+    policy.plan(["a", "b"])
+    policy.survival.effects.mean[policy.slots.row["b"]] = 2.0
+    policy.forget("b")
+    policy.plan(["a", "b"])
+    assert policy._where.tolist() == [policy.slots.row["a"], policy.slots.row["b"]]
+    assert policy.survival.effects.mean[policy.slots.row["b"]] == 0.0
+
+
 def test_zero_must_be_much_better_at_first_as_the_way_back_is_long() -> None:
     policy = build()
     doubts = [policy._doubt() for policy.fresh in (0.0, 32.0, 3200.0)]
