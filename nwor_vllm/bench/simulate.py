@@ -83,7 +83,7 @@ def _suite(args: argparse.Namespace, found: list[curves.Curve], params: dict[str
         raise ConfigError(f"--only {args.only!r} names no workload; kinds: stationary, {', '.join(workloads.OTHERS)}")
     result: dict[str, Any] = {}
     for curve in found:
-        seeds = args.seeds if curve is found[0] else max(1, args.seeds * 2 // 5)  # beside the headline, and in its time
+        seeds = args.seeds if curve is found[0] else max(1, args.seeds // 5)  # beside the headline, and in its time
         todo = [suite.Task(w, seed, curve, args.policy, params, args.unsteady) for w in chosen for seed in range(seeds)]
         rows = suite.run(todo, pool, args.jobs)
         part = {"cost": curve.name, "seeds": seeds, **suite.summary(rows), "cells": rows}
