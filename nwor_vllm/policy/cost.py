@@ -34,6 +34,7 @@ PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
 PRIOR_WIDTH[ANY] = 10.0  # steps without any draft take another path, on some engines a much shorter one
 RIDGE = 1.0 / PRIOR_WIDTH**2
 NOISE = 0.05  # least relative noise of a step time
+EARLY = 0.25  # of the first step of a large batch; steps of one request are many, and soon outvote a bad first one
 CLIP = 3.0  # residuals beyond this many noises have no more influence
 WALK = 0.005  # of its value, by how much each weight may have moved in a step (standard deviation)
 EAGER = 64  # until this many steps were seen every call solves, then every SOLVE_EVERY steps
@@ -197,7 +198,8 @@ class Cost:
             clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
         else:
             clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
-        scale = 1.0 / (self._noise * expected)
+        early = EARLY * (1.0 - 1.0 / np.maximum(requests, 1.0)) / math.sqrt(self.seen + 1.0)
+        scale = 1.0 / (np.maximum(self._noise, early) * expected)
         scaled = x * scale[:, None]
         self._age(len(x))
         self.moment += scaled.T @ scaled
