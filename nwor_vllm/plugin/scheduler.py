@@ -165,7 +165,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             tokens = ended.get(done.request_id)
             if tokens is not None and tokens <= done.accepted:
                 last = max(tokens - 1, 0)
-                rounds[i] = dataclasses.replace(done, verified=min(done.verified, last), accepted=last)
+                rounds[i] = done._replace(verified=min(done.verified, last), accepted=last)
         return rounds
 
     def nwor_observe(self, step: Any, report: DraftReport | None, within: list[Round]) -> None:
