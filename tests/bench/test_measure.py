@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nwor_vllm.bench import grid, measure, plan, record, sidecars
+from nwor_vllm.bench import grid, measure, plan, provenance, record, sidecars
 from nwor_vllm.bench.metrics import RequestResult
 from nwor_vllm.bench.outputs import NEAR_TIE
 
@@ -145,7 +145,8 @@ def test_a_run_without_a_drafter_says_so(scripted: ModuleType, tmp_path: Path) -
 def test_two_engines_do_not_fit_into_nine_tenths_of_a_gpu(
     scripted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nwor_vllm.bench.provenance.gpus", lambda: ["NVIDIA H100, 570, 80 GB"])
+    monkeypatch.setattr(provenance, "gpus", lambda: ["NVIDIA H100, 570, 80 GB"])
+    monkeypatch.setattr(provenance, "hardware", provenance.hardware.__wrapped__)  # not kept for the tests that follow
     with pytest.raises(AssertionError):
         run(scripted, tmp_path, scripted.Scripted({}), references=["vanilla_engine"], tensor_parallel_size=1)
     failure = record.read(tmp_path / "one.json").failure

@@ -40,6 +40,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ncu_file: ModuleType, s
     )
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(provenance, "gpus", lambda: ["H200"])
+    monkeypatch.setattr(provenance, "hardware", provenance.hardware.__wrapped__)  # not kept for the tests that follow
     monkeypatch.setattr(probe, "preflight", lambda gpus, environ: probe.Probe("ok"))
     models = scripted.models(tmp_path / "models")
     for name, variable in (("target", "TARGET_MODEL"), ("drafter", "DRAFT_MODEL")):
