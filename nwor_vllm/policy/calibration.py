@@ -19,6 +19,7 @@ from nwor_vllm.policy.survival import tied
 BINS = 20
 LEAST, MOST = np.array([-6.0, 0.0]), np.array([6.0, 3.0])  # of (a, b); more confidence never means less
 LEVEL = (2.0, 4.0)  # information behind the prior (a, b) = (0, 1), worth a handful of rounds
+FOLLOWED = 50.0  # evidence behind what follows a draft that goes on, before old rounds fade
 SMOOTH = (4.0, 16.0)  # and what ties the a and the b of neighbouring positions
 
 
@@ -28,6 +29,7 @@ class Calibration:
         self.weights: Floats = np.tile([0.0, 1.0], (positions, 1))
         self.information: Floats = np.zeros((positions, 3))  # sums of w, w x, w x^2
         self.following: Floats = np.zeros(positions)  # log-odds by which a row still drafting beats its history
+        self.followed: Floats = np.zeros(positions)  # evidence of that
         self.effects = Effects(spread, keep)
         self.histogram: Floats = np.zeros((3, BINS))  # accepted, rejected, sum of predictions by predicted value
         self._index = np.arange(positions)
@@ -69,14 +71,15 @@ class Calibration:
         self.weights = np.minimum(np.maximum(weights, LEAST), MOST)
 
     def learn_following(self, history: Floats, predicted: Floats, drafted: Ints, verified: Ints) -> None:
-        """Rows that kept slot j and drafted j + 1: how much better than `history` was that next draft's confidence?"""
+        """Rows that kept slot j and drafted j + 1: how much likelier than by `history` was that next draft to be kept?
+        As often as confidence says on the whole: a mean of log-odds would say more, as sure drafts are very sure."""
         shown = (self._index < drafted[:, None]) & (self._index <= verified[:, None])
-        predicted = np.minimum(np.maximum(predicted, 1e-6), 1.0 - 1e-6)
-        shift = np.log(predicted / (1.0 - predicted)) - np.log(history / (1.0 - history))
-        shift = np.minimum(np.maximum(shift, -4.0), 4.0) * shown
-        count = shown.sum(axis=0)
-        rate = count / (count + 50.0)
-        self.following += rate * (shift.sum(axis=0) / np.maximum(count, 1) - self.following)
+        odds = np.exp(-self.following) * (1.0 / history - 1.0)
+        expected = 1.0 / (1.0 + odds)
+        weight = (expected * (1.0 - expected) * shown).sum(axis=0)
+        self.followed = np.minimum(self.followed + weight, FOLLOWED)
+        step = ((predicted - expected) * shown).sum(axis=0) / (self.followed + LEVEL[0])
+        self.following = np.minimum(np.maximum(self.following + step, -4.0), 4.0)
 
     def _count(self, p: Floats, outcome: Any) -> None:
         cell = np.minimum((p * BINS).astype(np.int64), BINS - 1)
@@ -105,6 +108,7 @@ class Calibration:
             "weights": self.weights.tolist(),
             "information": self.information.tolist(),
             "following": self.following.tolist(),
+            "followed": self.followed.tolist(),
             "histogram": self.histogram.tolist(),
             "effects": self.effects.snapshot(),
         }
@@ -113,5 +117,6 @@ class Calibration:
         self.weights = np.array(state["weights"], float)
         self.information = np.array(state["information"], float)
         self.following = np.array(state["following"], float)
+        self.followed = np.array(state["followed"], float)
         self.histogram = np.array(state["histogram"], float)
         self.effects.restore(state["effects"])

@@ -21,6 +21,7 @@ class Choice(NamedTuple):
     worth: float  # lambda: tokens that one second more must bring
     zero: float  # rate of the first rung over that
     rates: Floats  # of every length, over that: what may be taken
+    slot: float = 0.0  # price of a verified slot by the slope of the cost there
     price: float = 0.0  # survival that a verified slot must have, where nothing is judged
 
 
@@ -42,11 +43,12 @@ class Chooser:
         trust = np.where(self.rungs == 0, zero, n * (1.0 + lengths) <= most)
         seconds, slots = self.cost.lengths(n, lengths, context)
         found = self._pick(n, n + full, np.maximum.accumulate(seconds), trust)
-        k = lengths[found.best]
+        k, slot = lengths[found.best], found.worth * float(slots[found.best])
+        found = found._replace(slot=slot)
         if not trims or n == 1 or k == 0:
             return found
         # Trimming must pay as a whole: where verification is free up to a size, a slope across its end says nothing.
-        prices = found.worth * float(slots[found.best]) * TRIMS
+        prices = slot * TRIMS
         some = survival[:: max(1, n // SAMPLE)]
         worth = (some >= prices[:, None, None]).astype(float)
         sums = np.zeros((2, len(TRIMS), survival.shape[1] + 1))
@@ -56,7 +58,7 @@ class Chooser:
         seconds = self.cost.predict(n, n + verified, np.broadcast_to(lengths, verified.shape), context)
         found = self._pick(n, n + kept, np.maximum.accumulate(seconds, axis=1), trust)
         trim, best = divmod(found.best, len(lengths))
-        return found._replace(best=best, own=found.own % len(lengths), price=float(prices[trim]))
+        return found._replace(best=best, own=found.own % len(lengths), slot=slot, price=float(prices[trim]))
 
     def _pick(self, n: int, tokens: Floats, seconds: Floats, trust: Floats) -> Choice:
         """The best of these. Prompts take steps of their own, as long as those with rounds: where a text is few rounds

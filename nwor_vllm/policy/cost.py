@@ -13,7 +13,6 @@ machine is one bounded mistake.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,8 +35,9 @@ RIDGE = 1.0 / PRIOR_WIDTH**2
 NOISE = 0.05  # least relative noise of a step time
 EARLY = 0.25  # of the first step of a large batch; steps of one request are many, and soon outvote a bad first one
 CLIP = 3.0  # residuals beyond this many noises have no more influence
+FAST = 0.5  # below which they have none: no accident makes a step fast
 WALK = 0.005  # of its value, by how much each weight may have moved in a step (standard deviation)
-EAGER = 64  # until this many steps were seen every call solves, then every SOLVE_EVERY steps
+EAGER, FITS = 64, 4  # until this many steps were seen all are fitted anew, so many times; then every SOLVE_EVERY steps
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
 BUCKET_PRIOR = 2.0
@@ -90,7 +90,7 @@ class Cost:
         self.correction: Floats = np.ones((ROWS, BUCKETS))
         self.seen = 0
         self.solve_at = 0
-        self.scales: list[float] = []
+        self.early: list[list[float]] = []  # the first EAGER steps, at pace 0
         self.pace = Pace()
         self.profiled = False  # and fewer live steps were seen than tell the pace of today
         self.first: list[float] = []  # residuals of those
@@ -176,13 +176,9 @@ class Cost:
     def _learn(self, data: Floats) -> Floats:
         requests, verified, steps, judged, context, seconds, prefill = data
         x = features(requests, verified, steps, context, judged, prefill)
-        alone, eager = prefill == 0, self.seen < EAGER
-        if eager:  # the first steps of a process are slow: the scale is their median, not the first
-            telling = alone if alone.any() or self.scales else ~alone
-            self.scales += (seconds / (x @ PRIOR_SHARES))[telling].tolist()
-            self.prior = PRIOR_SHARES * statistics.median(self.scales)
+        alone = prefill == 0
         if not self.seen:
-            self._believe(self.prior)
+            self._begin(x, seconds, alone)
         expected = np.maximum(x @ self.weights, SHORTEST)
         ratio = np.log(np.maximum(seconds, 1e-12) / expected)
         residuals = ratio - np.log(self._corrections(requests, verified))
@@ -193,23 +189,55 @@ class Cost:
         for wrong in np.abs(residuals - pace)[alone].tolist():
             small = min(wrong, 1.0)
             self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
-        ratio, seconds = ratio - pace, seconds * np.exp(-pace)
-        if eager:
-            clipped = np.minimum(np.maximum(seconds, expected / 3), expected * 3) if self.seen else seconds
-        else:
-            clipped = expected * np.exp(np.minimum(np.maximum(ratio, -CLIP * NOISE), CLIP * NOISE))
-        early = EARLY * (1.0 - 1.0 / np.maximum(requests, 1.0)) / math.sqrt(self.seen + 1.0)
-        scale = 1.0 / (np.maximum(self._noise, early) * expected)
+        if self.seen < EAGER:
+            self.early += np.column_stack([data[:5].T, seconds * np.exp(-pace), prefill]).tolist()
+            self.seen += len(x)
+            self._learn_early()
+            return pace
+        ratio -= pace
+        clipped = expected * np.exp(np.minimum(np.maximum(ratio, -FAST), CLIP * NOISE))
+        scale = 1.0 / (self._noise * expected)
         scaled = x * scale[:, None]
         self._age(len(x))
         self.moment += scaled.T @ scaled
         self.target += (clipped * scale) @ scaled
         self.seen += len(x)
         self._correct(requests[alone], verified[alone], ratio[alone])
-        if eager or self.seen >= self.solve_at:
+        if self.seen >= self.solve_at:
             self._solve()
             self.solve_at = self.seen + SOLVE_EVERY
         return pace
+
+    def _begin(self, x: Floats, seconds: Floats, alone: Any) -> None:
+        """The scale is the median of the first steps: some of a process's are slow."""
+        scales = (seconds / (x @ PRIOR_SHARES))[alone if alone.any() else ~alone]
+        self.prior = PRIOR_SHARES * float(np.median(scales))
+        self._believe(self.prior)
+
+    def _learn_early(self) -> None:
+        """All of the first steps, anew with every one: no order of them makes a slow one decide what others cost."""
+        requests, verified, steps, judged, context, seconds, prefill = np.array(self.early).T
+        x, alone = features(requests, verified, steps, context, judged, prefill), prefill == 0
+        self._begin(x, seconds, alone)
+        first = EARLY * (1.0 - 1.0 / np.maximum(requests, 1.0)) / np.sqrt(np.arange(len(x)) + 1.0)
+        trust, expected = self._fit(x, seconds, np.maximum(self._noise, first) ** -2.0)
+        self.bucket[:] = 0.0
+        self._correct(requests[alone], verified[alone], np.log(seconds / expected)[alone], trust[alone])
+        if self.seen >= EAGER:
+            self.early = []
+            self.solve_at = self.seen + SOLVE_EVERY
+
+    def _fit(self, x: Floats, seconds: Floats, information: Floats) -> tuple[Floats, Floats]:
+        """Steps at once, outliers with less weight each time: how far they are trusted, and the seconds expected."""
+        trust, expected = np.ones(len(x)), seconds
+        for _ in range(FITS):
+            weight = np.sqrt(information * trust)
+            scaled = x * (weight / seconds)[:, None]
+            self.moment, self.target = scaled.T @ scaled, weight @ scaled
+            self._solve()
+            expected = np.maximum(x @ self.weights, SHORTEST)
+            trust = np.minimum(1.0, NOISE / np.maximum(np.abs(np.log(seconds / expected)), 1e-6))
+        return trust, expected
 
     def _age(self, steps: int) -> None:
         """A random walk of the weights: what much is known of is known no better than it may have moved, the rest stays
@@ -231,17 +259,18 @@ class Cost:
         told = [tuple(kind) if one else None for kind, one in zip(kinds, alone.tolist(), strict=True)]
         return self.pace.observe(told, seconds.tolist())
 
-    def _correct(self, requests: Floats, verified: Floats, ratio: Floats) -> None:
-        touched = set()
-        for n, tokens, log in zip(requests.tolist(), verified.tolist(), ratio.tolist(), strict=True):
+    def _correct(self, requests: Floats, verified: Floats, ratio: Floats, trust: Floats | None = None) -> None:
+        touched, trusts = set(), np.ones(len(ratio)) if trust is None else trust
+        seen = zip(requests.tolist(), verified.tolist(), ratio.tolist(), trusts.tolist(), strict=True)
+        for n, tokens, log, weight in seen:
             row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
             self.bucket[:, row, cell] *= math.exp((self.touched[row, cell] - self.seen - 1) / AGE)
             self.touched[row, cell] = self.seen
             now, width = math.log(self.correction[row, cell]), 0.5
             if self.bucket[1, row, cell] >= KNOWN:
                 width = CLIP * NOISE
-            self.bucket[0, row, cell] += max(now - width, min(now + width, log))
-            self.bucket[1, row, cell] += 1.0
+            self.bucket[0, row, cell] += weight * max(now - width, min(now + width, log))
+            self.bucket[1, row, cell] += weight
             touched.add(row)
         for row in touched:
             self._smooth(row)
@@ -275,14 +304,7 @@ class Cost:
         self.prior = PRIOR_SHARES * float(np.median(seconds / (x @ PRIOR_SHARES)))
         # A length that stays what it is is what serving mostly runs.
         often = np.where(verified == requests * (1.0 + steps), STEADY, 1.0)
-        trust, expected = np.ones(len(x)), seconds
-        for _ in range(8):  # outliers weigh less each time
-            weight = np.sqrt(often * trust * SEEDED / (often * trust).sum()) / NOISE
-            scaled = x * (weight / seconds)[:, None]
-            self.moment, self.target = scaled.T @ scaled, weight @ scaled
-            self._solve()
-            expected = np.maximum(x @ self.weights, SHORTEST)
-            trust = np.minimum(1.0, NOISE / np.maximum(np.abs(np.log(seconds / expected)), 1e-6))
+        _, expected = self._fit(x, seconds, often * (SEEDED / often.sum() / NOISE**2))
         self.seen = self.solve_at = EAGER
         self._correct(requests, verified, np.log(seconds / expected))
         self.bucket *= np.minimum(1.0, KNOWN / np.maximum(self.bucket[1], KNOWN))
@@ -294,7 +316,7 @@ class Cost:
         """The first live steps behind a profile: what they all take longer is not the price of the sizes they are."""
         self.first += residuals.tolist()
         if len(self.first) >= WINDOW:
-            self.pace.now = statistics.median(self.first)
+            self.pace.now = float(np.median(self.first))
             self.first, self.profiled = [], False
 
     def snapshot(self) -> dict[str, Any]:
@@ -307,7 +329,7 @@ class Cost:
             "touched": self.touched.tolist(),
             "seen": self.seen,
             "solve_at": self.solve_at,
-            "scales": list(self.scales),
+            "early": [list(row) for row in self.early],
             "pace": self.pace.snapshot(),
             "profiled": self.profiled,
             "first": list(self.first),
@@ -322,7 +344,7 @@ class Cost:
         for row in range(ROWS):
             self._smooth(row)
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
-        self.scales = [float(x) for x in state["scales"]]
+        self.early = [[float(x) for x in row] for row in state["early"]]
         self.pace.restore(state["pace"])
         self.profiled, self.first = bool(state["profiled"]), [float(x) for x in state["first"]]
         self.error = math.nan if state["error"] is None else float(state["error"])

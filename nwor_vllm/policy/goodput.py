@@ -39,7 +39,6 @@ HOPE = 1.0  # standard deviations by which drafts of one request must be worse t
 MAYBE = 3.0  # and by which a length may be cheaper than believed
 DRIFT = 2  # a decision stands until one in so many requests has come or gone
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
-PROBED = 16  # requests that draft in a probe from zero
 FEW = 48  # requests whose common depth differs from step to step
 SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "zero", "widest")
 PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
@@ -117,18 +116,13 @@ class Goodput:
         judged, self._plain = self._decided
         forced = self._forced(self._plain.k)
         if forced is not None:
-            probe = self._plain.k == 0 < forced and self.guard.fallback == POLICY and self.params.per_request
-            self._last = Plan(forced, dict.fromkeys(self._spared(requests), 0) if probe else {}, watch=False)
+            visit = self.params.per_request and self.guard.fallback == POLICY
+            self._last = Plan(forced, self.visits.caps(requests) if visit else {}, watch=False)
         else:
             self._last = judged if self.judging.on else self._plain
             if self.steps % (8 if self.steps < 128 else 32) == 0:
                 self._last = replace(self._plain, caps={})
         return self._last
-
-    def _spared(self, requests: Sequence[str]) -> list[str]:
-        """Who does not draft in a probe: a few tell whether drafts have become good."""
-        stride = -(-len(requests) // PROBED)
-        return [r for i, r in enumerate(requests) if i % stride]
 
     def _meet(self, requests: Sequence[str]) -> None:
         """Others than a plan was last asked for, or in another order."""
@@ -151,9 +145,8 @@ class Goodput:
             return plain, plain
         if not self.sees_confidence:
             return Plan(k, plain.caps), plain
-        price = self.price.value
-        if not self.price.known:
-            price = worth * float(self.cost.lengths(n, np.array([float(k)]), context)[1][0])
+        self.price.slot = found.slot
+        price = self.price.value if self.price.known else found.slot
         stop = self._stop_rule(survival, n, price, worth)
         if self.honoured > 0.5:  # the rule ends the step; with many requests their luck averages out
             k = self.k_max if n <= FEW else next((r for r in self.ladder if r > own), own)

@@ -15,6 +15,7 @@ MAX_WAIT = 256  # steps between visits, at last
 LOOK = 23  # steps between looks for one that may be better than believed
 NEAR = 0.6  # zero's rate over the best one's, beyond which it is worth a look
 WORTH = 0.0  # log-odds of a first draft that make a probe's second step worth while
+PROBED = 16  # requests that draft in a probe from zero
 MANY, IN_A_ROW = 64, 4  # requests that make visits so many steps long
 FIELDS = ("idle", "idle_wait", "again", "awake", "at", "wait", "number", "look_at", "length", "left", "tells")
 
@@ -31,6 +32,8 @@ class Visits:
         self.at, self.wait, self.number = 2, cost_interval // 2 or 1, 0  # the next visit's step
         self.look_at = LOOK
         self.length, self.left = 0, 0  # of the last visit, and the steps that it still has
+        self.probes = False  # this step, if it is forced
+        self.cap: int | None = None  # of what is verified in this step, for all requests but one
         self.tells = False  # it was one that says what rounds bring, and is not learnt from yet
 
     def forced(
@@ -38,6 +41,7 @@ class Visits:
     ) -> int | None:
         """What step number `step` drafts instead of `k`, if it is one of those. `zero`: its rate over that of `k`;
         `kept`: log-odds that a first draft is; `promising` says which length may be better than `k`."""
+        self.cap, self.probes = None, k == 0
         if k == 0:
             self.idle, self.awake, self.left = self.idle + 1, 0, 0
             self.at, self.look_at = max(self.at, step + LOOK), max(self.look_at, step + LOOK)
@@ -60,21 +64,37 @@ class Visits:
         return promising()
 
     def _visit(self, k: int, step: int, zero: float, requests: int) -> int:
-        """None, one rung shorter, one longer, in turn, rarer and rarer. Zero is dear where drafts are good: once seen,
-        only where it is near."""
+        """None; long drafts of which little is verified, as the slots of equal drafts never show what a slot costs; one
+        rung shorter, one longer; in turn, rarer and rarer. Zero is dear where drafts are good: once seen, only where it
+        is near."""
         here = self.ladder.index(k)
-        turns = (0, max(0, here - 1), min(here + 1, len(self.ladder) - 1))
+        shorter, longer = self.ladder[max(0, here - 1)], self.ladder[min(here + 1, len(self.ladder) - 1)]
+        none = self.ladder[0]
+        turns = [(none, none), (longer, max(1, shorter)), (shorter, shorter), (longer, longer)]
+        if requests == 1 or longer <= max(1, shorter):
+            del turns[1]
         if self.number % len(turns) == 0 < self.number and zero < NEAR:
             self.number += 1
         turn, self.at = self.number % len(turns), step + self.wait
         self.number += 1
         if turn == len(turns) - 1:
             self.wait = min(2 * self.wait, MAX_WAIT)
-        self.length = self.ladder[turns[turn]]
+        self.length, verified = turns[turn]
+        self.cap = verified if verified < self.length else None
         # The first step without drafts still verifies those of the step before.
-        self.tells = self.length > 0 and requests >= MANY
+        self.tells = self.length > 0 and self.cap is None and requests >= MANY
         self.left = 1 if self.length == 0 else IN_A_ROW - 1 if self.tells else 0
         return self.length
+
+    def caps(self, requests: Sequence[str]) -> dict[str, int]:
+        """Who drafts less than `forced` said."""
+        if self.probes:  # a few tell whether drafts have become good
+            stride = -(-len(requests) // PROBED)
+            return {r: 0 for i, r in enumerate(requests) if i % stride}
+        if self.cap is None:
+            return {}
+        whole = min(requests)  # somebody drafts to the end
+        return {r: self.cap for r in requests if r != whole}
 
     def done(self, k: int) -> bool:
         """A step has drafted `k`; whether a visit is over that is to be learnt from at once."""

@@ -61,6 +61,19 @@ def test_visits_of_many_requests_are_several_steps_long_and_learnt_from_at_once(
         forced = visits.forced(5, step, 0.9, 1.0, lambda: None, MANY)
         over.append(visits.done(5 if forced is None else forced))
         alone[step] = 5 if forced is None else forced
-    assert [k for k in alone if k not in (0, 5)] == [3] * IN_A_ROW + [8] * IN_A_ROW
-    ends = [i for i in range(59) if alone[i] in (3, 8) and alone[i + 1] == 5]
+    assert [k for k in alone if k not in (0, 5)] == [8] + [3] * IN_A_ROW + [8] * IN_A_ROW
+    ends = [i for i in range(59) if alone[i] in (3, 8) and alone[i - 1 : i] == alone[i : i + 1] != alone[i + 1 : i + 2]]
     assert [i for i, done in enumerate(over) if done] == ends
+
+
+def test_slots_are_told_from_draft_steps_by_drafts_of_which_little_is_verified() -> None:
+    visits, seen = Visits(LADDER, 32, 32), []
+    for step in range(60):
+        forced = visits.forced(5, step, 0.9, 1.0, lambda: None, 3)
+        if forced and (caps := visits.caps(["b", "a", "c"])):
+            seen.append((forced, caps))
+        visits.done(5 if forced is None else forced)
+    assert seen == [(8, {"b": 3, "c": 3})]  # somebody drafts to the end, the same whatever the order is
+    alone = Visits(LADDER, 32, 32)
+    lengths(alone, [5] * 60)
+    assert alone.cap is None
