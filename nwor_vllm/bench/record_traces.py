@@ -44,6 +44,7 @@ class Recording:
     requests: int
     max_tokens: int
     seed: int
+    dtype: str = "float32"
 
     @property
     def file(self) -> str:
@@ -60,6 +61,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, default=15, help="full draft length (default 15)")
     parser.add_argument("--target", default="target", help="target, wide or wider")
     parser.add_argument("--drafter", default="eagle", choices=METHODS, help="default eagle")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="default float32: no near ties to round"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of prompts and sampling")
     parser.add_argument("--redo", action="store_true", help="record anew what is there already")
 
@@ -76,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
 
     first = todo[0]
     method, drafter = METHODS[first.drafter], f"zoo:{first.drafter}"
-    with drafts.watched(f"zoo:{first.target}", method, drafter, first.k, max(r.batch for r in todo)) as llm:
+    with drafts.watched(
+        f"zoo:{first.target}", method, drafter, first.k, max(r.batch for r in todo), dtype=first.dtype
+    ) as llm:
         for number, recording in enumerate(todo, 1):
             trace = record(llm, recording, command)
             traces.save(trace, args.out / recording.file)
@@ -102,8 +108,9 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
         for domain in args.domains:
             for temperature in args.temperatures:
                 yield Recording(
-                    args.target, args.drafter, args.k, domain, temperature, batch, requests, args.max_tokens, args.seed
-                )
+                    args.target, args.drafter, args.k, domain, temperature, batch, requests, args.max_tokens, args.seed,
+                    args.dtype,
+                )  # fmt: skip
 
 
 def _done(recording: Recording, folder: Path) -> bool:
@@ -111,7 +118,7 @@ def _done(recording: Recording, folder: Path) -> bool:
         found = traces.load(folder / recording.file)
     except (MissingError, CorruptFileError):
         return False
-    return bool(found.about.get("recording") == asdict(recording))
+    return bool({"dtype": "float32"} | found.about.get("recording", {}) == asdict(recording))
 
 
 def record(llm: Any, r: Recording, command: str) -> traces.Trace:
@@ -138,7 +145,7 @@ def record(llm: Any, r: Recording, command: str) -> traces.Trace:
         categories=(r.domain,) * len(usable),
         steps=np.array([row for walk in (drafted, served) for row in step_rows(walk.steps)]),
         about={
-            "recording": asdict(r), "command": command, "pair": pair(r), "dtype": "float32",
+            "recording": asdict(r), "command": command, "pair": pair(r), "dtype": r.dtype,
             "draft_sample_method": "greedy", "versions": provenance.versions(), "hardware": provenance.hardware(),
             "git": provenance.git()["sha"],
         },

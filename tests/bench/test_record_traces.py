@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 
 from nwor_vllm.bench import cli, cost_profile, record_traces, traces
 from nwor_vllm.bench.backends.drafts import Draft
-from nwor_vllm.bench.sim.curves import fit
-from nwor_vllm.errors import CorruptFileError
+from nwor_vllm.bench.sim.curves import RECORDED, fit
+from nwor_vllm.errors import ConfigError, CorruptFileError
 from nwor_vllm.policy import profile
 
 
@@ -55,6 +56,27 @@ def test_profile_rows_are_medians_of_the_lengths_in_use() -> None:
         (2, 10, 5, 0, 48): [(100, 0.1)],  # no draft length of the ladder
     }
     assert cost_profile.rows(samples) == [(2, 8, 5, 5, 110, 0.2)]
+
+
+def test_what_was_recorded_in_another_dtype_is_another_recording(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of before the flag do not name it: they are float32."""
+    wanted: list[str] = []
+
+    def watched(*_: object, dtype: str) -> None:
+        wanted.append(dtype)
+        raise ConfigError("an engine")
+
+    monkeypatch.setattr("nwor_vllm.bench.backends.drafts.watched", watched)
+    shutil.copy(RECORDED / "code-t0-b16.npz", tmp_path)
+    flags = ["record", "--out", str(tmp_path), "--domains", "code", "--temperatures", "0", "--batches", "16"]
+    made = traces.load(tmp_path / "code-t0-b16.npz").about["recording"]
+    flags += ["--max-tokens", str(made["max_tokens"]), "--seed", str(made["seed"]), "--requests", str(made["requests"])]
+    assert cli.main(flags) == 0
+    assert "everything is recorded" in capsys.readouterr().out
+    assert cli.main([*flags, "--dtype", "bfloat16"]) != 0
+    assert wanted == ["bfloat16"]
 
 
 @pytest.mark.vllm
