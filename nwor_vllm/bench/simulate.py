@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nwor_vllm.bench import traces
 from nwor_vllm.bench.sim import curves, oracle, suite, workloads
 from nwor_vllm.bench.sim.load import Load
@@ -97,9 +99,10 @@ def _suite(args: argparse.Namespace, found: list[curves.Curve], params: dict[str
 def _replay_files(args: argparse.Namespace, curve: curves.Curve, params: dict[str, Any]) -> dict[str, Any]:
     whole = traces.join([traces.load(path) for path in args.trace])
     lengths = tuple(k for k in suite.LENGTHS if k <= whole.k_max)
+    order = np.random.default_rng(0).permutation(whole.requests)  # else the first files would be all that is served
     rows = []
     for batch in args.batch:
-        load = Load(whole, tuple(range(whole.requests)), batch, suite.tokens_of(batch))
+        load = Load(whole, tuple(order.tolist()), batch, suite.tokens_of(batch))
         rates = oracle.fixed_rates(load, curve, lengths)
         policy = make_policy(args.policy, from_mapping(POLICIES[args.policy].params, params), lengths)
         got = replay(policy, load, curve, unsteady=args.unsteady)
@@ -114,6 +117,7 @@ def _replay_files(args: argparse.Namespace, curve: curves.Curve, params: dict[st
                 "over_o1": got.rate / best,
                 "over_o3": got.rate / clairvoyant,
                 "over_bound": got.rate / (clairvoyant if batch == 1 else max(oracle.bound(load, curve), clairvoyant)),
+                "rule_over_o1": max(oracle.best_rule(load, curve, lengths) / best, 1.0),
                 "regret_o1": 1 - got.rate / best,
                 "tokens_per_s": got.rate,
                 "o1_k": [max(rates, key=lambda k: rates[k])],

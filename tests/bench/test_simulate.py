@@ -4,11 +4,12 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nwor_vllm.bench import cli
+from nwor_vllm.bench import cli, traces
 from nwor_vllm.bench.sim import curves, oracle, suite, workloads
 from nwor_vllm.bench.sim.curves import CURVES, Measured, Roofline, fit
 from nwor_vllm.bench.sim.load import Lanes, Load
@@ -375,12 +376,8 @@ def test_the_suite_says_what_policy_and_oracles_reach() -> None:
     assert figures["oracles"]["o3_over_o1_moving"].keys() == {"mixed 1", "switch 1"}
 
 
-def test_command_replays_a_trace(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    from pathlib import Path
-
-    from nwor_vllm.bench import traces
-
-    path = Path(str(tmp_path)) / "t.npz"
+def test_command_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.npz"
     traces.save(generate(DOMAINS[3], 10, 40, 5, 0), path)
     assert cli.main(["simulate", "--trace", str(path), "--cost", "h200-8b-eagle", "--batch", "2", "--json"]) == 0
     (cell,) = json.loads(capsys.readouterr().out)["cells"]
@@ -389,3 +386,20 @@ def test_command_replays_a_trace(tmp_path: object, capsys: pytest.CaptureFixture
     assert "did you mean 'goodput'" in capsys.readouterr().err
     assert cli.main(["simulate", "--trace", str(path), "--params", '{"spreed": 1}']) == 2
     assert "policy_params.spread" in capsys.readouterr().err
+
+
+def test_files_are_served_mixed_so_that_policy_and_oracles_see_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the order of the files, the first ones alone would be served, and the clairvoyant be paid for all."""
+    easy, hard = (next(d for d in DOMAINS if d.name == name) for name in ("code", "creative"))
+    for domain in (easy, hard):
+        traces.save(generate(domain, 60, 80, 10, 0), tmp_path / f"{domain.name}.npz")
+    shares = []
+    for names in (("code", "creative"), ("creative", "code")):
+        files = [str(tmp_path / f"{name}.npz") for name in names]
+        assert cli.main(["simulate", "--trace", *files, "--batch", "1", "--json"]) == 0
+        (cell,) = json.loads(capsys.readouterr().out)["cells"]
+        shares.append(cell["over_o3"])
+        assert cell["rule_over_o1"] >= 1.0
+    assert abs(shares[0] - shares[1]) < 0.08
