@@ -35,6 +35,7 @@ RIDGE = 1.0 / PRIOR_WIDTH**2
 NOISE = 0.05  # least relative noise of a step time
 EARLY = 0.25  # of the first step of a large batch; steps of one request are many, and soon outvote a bad first one
 CLIP = 3.0  # residuals beyond this many noises have no more influence
+ABSURD = 8.0  # times as long, or as short, as a rough guess: a clock that was set, a machine that was suspended
 FAST = 0.5  # below which they have none: no accident makes a step fast
 WALK = 0.005  # of its value, by how much each weight may have moved in a step (standard deviation)
 EAGER, FITS = 64, 4  # until this many steps were seen all are fitted anew, so many times; then every SOLVE_EVERY steps
@@ -175,8 +176,7 @@ class Cost:
 
     def _learn(self, data: Floats) -> Floats:
         requests, verified, steps, judged, context, seconds, prefill = data
-        x = features(requests, verified, steps, context, judged, prefill)
-        alone = prefill == 0
+        x, alone = features(requests, verified, steps, context, judged, prefill), prefill == 0
         if not self.seen:
             self._begin(x, seconds, alone)
         expected = np.maximum(x @ self.weights, SHORTEST)
@@ -186,9 +186,8 @@ class Cost:
             self._compare_pace(residuals)
             return np.full(len(residuals), self.pace.now)
         pace = self._pace(requests, verified, steps, judged, seconds, alone)
-        for wrong in np.abs(residuals - pace)[alone].tolist():
-            small = min(wrong, 1.0)
-            self.error = small if math.isnan(self.error) else self.error + 0.05 * (small - self.error)
+        for wrong in np.minimum(np.abs(residuals - pace), 1.0)[alone].tolist():
+            self.error = wrong if math.isnan(self.error) else self.error + 0.05 * (wrong - self.error)
         if self.seen < EAGER:
             self.early += np.column_stack([data[:5].T, seconds * np.exp(-pace), prefill]).tolist()
             self.seen += len(x)
@@ -219,21 +218,24 @@ class Cost:
         requests, verified, steps, judged, context, seconds, prefill = np.array(self.early).T
         x, alone = features(requests, verified, steps, context, judged, prefill), prefill == 0
         self._begin(x, seconds, alone)
+        rough = x @ self.prior
+        seconds = np.minimum(np.maximum(seconds, rough / ABSURD), rough * ABSURD)
         first = EARLY * (1.0 - 1.0 / np.maximum(requests, 1.0)) / np.sqrt(np.arange(len(x)) + 1.0)
-        trust, expected = self._fit(x, seconds, np.maximum(self._noise, first) ** -2.0)
+        trust, expected = self._fit(x, seconds, np.maximum(self._noise, first) ** -2.0, rough)
         self.bucket[:] = 0.0
         self._correct(requests[alone], verified[alone], np.log(seconds / expected)[alone], trust[alone])
-        if self.seen >= EAGER:
-            self.early = []
-            self.solve_at = self.seen + SOLVE_EVERY
+        self.solve_at = self.seen + SOLVE_EVERY
+        self.early = self.early if self.seen < EAGER else []
 
-    def _fit(self, x: Floats, seconds: Floats, information: Floats) -> tuple[Floats, Floats]:
+    def _fit(self, x: Floats, seconds: Floats, information: Floats, expected: Floats) -> tuple[Floats, Floats]:
         """Steps at once, outliers with less weight each time: how far they are trusted, and the seconds expected."""
-        trust, expected = np.ones(len(x)), seconds
+        trust = np.ones(len(x))
         for _ in range(FITS):
-            weight = np.sqrt(information * trust)
-            scaled = x * (weight / seconds)[:, None]
-            self.moment, self.target = scaled.T @ scaled, weight @ scaled
+            scale = np.sqrt(information * trust) / np.maximum(
+                seconds, expected
+            )  # neither slow nor fast ones count much
+            scaled = x * scale[:, None]
+            self.moment, self.target = scaled.T @ scaled, (seconds * scale) @ scaled
             self._solve()
             expected = np.maximum(x @ self.weights, SHORTEST)
             trust = np.minimum(1.0, NOISE / np.maximum(np.abs(np.log(seconds / expected)), 1e-6))
@@ -304,7 +306,7 @@ class Cost:
         self.prior = PRIOR_SHARES * float(np.median(seconds / (x @ PRIOR_SHARES)))
         # A length that stays what it is is what serving mostly runs.
         often = np.where(verified == requests * (1.0 + steps), STEADY, 1.0)
-        _, expected = self._fit(x, seconds, often * (SEEDED / often.sum() / NOISE**2))
+        _, expected = self._fit(x, seconds, often * (SEEDED / often.sum() / NOISE**2), seconds)
         self.seen = self.solve_at = EAGER
         self._correct(requests, verified, np.log(seconds / expected))
         self.bucket *= np.minimum(1.0, KNOWN / np.maximum(self.bucket[1], KNOWN))

@@ -176,3 +176,14 @@ def test_a_profile_gives_the_shape_and_the_first_live_steps_the_pace() -> None:
     nothing = Cost()
     nothing.seed([])
     assert not nothing.known
+
+
+def test_an_absurdly_short_first_time_is_no_step() -> None:
+    cost = Cost()
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        k = int(rng.integers(0, 9))
+        seconds = 1e-9 if step % 5 == 4 else 1.0 + 0.1 * k + 0.01 * (1 + k)
+        cost.observe([Timed(1, 1 + k, k, 0, 0, seconds)])
+    found = cost.lengths(1, np.array([0.0, 3.0, 8.0]))[0]
+    assert np.abs(np.log(found / [1.01, 1.34, 1.89])).max() < 0.15
