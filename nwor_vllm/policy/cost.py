@@ -231,9 +231,7 @@ class Cost:
         """Steps at once, outliers with less weight each time: how far they are trusted, and the seconds expected."""
         trust = np.ones(len(x))
         for _ in range(FITS):
-            scale = np.sqrt(information * trust) / np.maximum(
-                seconds, expected
-            )  # neither slow nor fast ones count much
+            scale = np.sqrt(information * trust) / np.maximum(seconds, expected)  # so neither slow nor fast ones lead
             scaled = x * scale[:, None]
             self.moment, self.target = scaled.T @ scaled, (seconds * scale) @ scaled
             self._solve()
