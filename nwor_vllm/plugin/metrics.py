@@ -25,6 +25,7 @@ from nwor_vllm.config import load
 from nwor_vllm.plugin import compat
 from nwor_vllm.plugin.compat import log
 
+MEMORY = Path("/dev/shm")
 EVERY_S = 1.0
 COUNTERS = {
     "steps": "Engine steps with tokens in them.",
@@ -53,8 +54,10 @@ NAMES = frozenset(
 
 
 def file_of(process: int, engine: int) -> Path:
-    """One file per engine, by the process that launched it: an API server, or what launched API servers and engines."""
-    return Path(tempfile.gettempdir()) / f"nwor-{os.getuid()}" / f"{process}-{engine}.json"
+    """One file per engine, by the process that launched it: an API server, or what launched API servers and engines.
+    In memory where that is to be had: no step waits for a disk."""
+    folder = MEMORY if os.access(MEMORY, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    return folder / f"nwor-{os.getuid()}" / f"{process}-{engine}.json"
 
 
 def launcher() -> int:

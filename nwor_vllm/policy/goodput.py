@@ -31,7 +31,8 @@ from nwor_vllm.policy.stop import Floats, Ints, evaluate
 from nwor_vllm.policy.survival import Survival
 from nwor_vllm.policy.visits import Visits
 
-EAGER_STEPS = 16  # learnt from one by one; then ever more at once, as learning costs more than a small step
+SURE_STEPS = 16  # after which it is known what the drafter's confidence is worth
+NEW = 8  # a lesson waits until one in so many steps is new: it costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
 DOUBT, DOUBTFUL = 0.15, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
 STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
@@ -221,7 +222,7 @@ class Goodput:
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
         soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else LEARN_EVERY
-        if fresh or len(self._pending) >= min(LEARN_EVERY, self.steps // EAGER_STEPS, soon):
+        if fresh or len(self._pending) >= min(LEARN_EVERY, self.steps // NEW, soon):
             self._learn()
 
     def _learn(self) -> None:
@@ -250,7 +251,7 @@ class Goodput:
         groups, history = Groups(rows), self.survival.hazards(rows)
         soft = np.full(len(rows), np.nan)
         if batch.watched:
-            self.sees_confidence = self.steps >= EAGER_STEPS  # by then it is known what it is worth
+            self.sees_confidence = self.steps >= SURE_STEPS
             predicted = self.calibration.predict(rows, batch.confidence)
             cut = np.flatnonzero((batch.drafted > batch.verified) & (batch.shown > batch.verified))
             soft[cut] = predicted[cut, batch.verified[cut]]
