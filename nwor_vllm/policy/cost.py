@@ -41,7 +41,7 @@ WALK = 0.005  # of its value, by how much each weight may have moved in a step (
 EAGER, FITS = 64, 4  # until this many steps were seen all are fitted anew, so many times; then every SOLVE_EVERY steps
 SOLVE_EVERY = 16
 ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
-BUCKET_PRIOR = 2.0
+BUCKET_PRIOR = 2.0  # steps of a size that say it is as any other
 KNOWN = 3.0  # steps after which a bucket's residuals are clipped
 AGE = 50.0  # steps after which newer residuals of a bucket weigh more
 SEEDED, STEADY = 256.0, 4.0  # steps that a profile counts as; weight of its steady rows
@@ -266,9 +266,8 @@ class Cost:
             row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
             self.bucket[:, row, cell] *= math.exp((self.touched[row, cell] - self.seen - 1) / AGE)
             self.touched[row, cell] = self.seen
-            now, width = math.log(self.correction[row, cell]), 0.5
-            if self.bucket[1, row, cell] >= KNOWN:
-                width = CLIP * NOISE
+            now = math.log(self.correction[row, cell])
+            width = CLIP * NOISE if self.bucket[1, row, cell] >= KNOWN else 0.5
             self.bucket[0, row, cell] += weight * max(now - width, min(now + width, log))
             self.bucket[1, row, cell] += weight
             touched.add(row)
@@ -276,8 +275,9 @@ class Cost:
             self._smooth(row)
 
     def _smooth(self, row: int) -> None:
+        """The more steps scatter, the more of them it takes to believe that a size is special."""
         total, count = self.bucket[:, row] @ KERNEL
-        self.correction[row] = np.exp(total / (count + BUCKET_PRIOR))
+        self.correction[row] = np.exp(total / (count + BUCKET_PRIOR * (self._noise / NOISE) ** 2))
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""
@@ -327,6 +327,7 @@ class Cost:
             "target": self.target.tolist(),
             "bucket": self.bucket.tolist(),
             "touched": self.touched.tolist(),
+            "correction": self.correction.tolist(),
             "seen": self.seen,
             "solve_at": self.solve_at,
             "early": [list(row) for row in self.early],
@@ -341,8 +342,7 @@ class Cost:
         self.prior = np.array(state["prior"], float)
         self.moment, self.target = np.array(state["moment"], float), np.array(state["target"], float)
         self.bucket, self.touched = np.array(state["bucket"], float), np.array(state["touched"], float)
-        for row in range(ROWS):
-            self._smooth(row)
+        self.correction = np.array(state["correction"], float)
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.early = [[float(x) for x in row] for row in state["early"]]
         self.pace.restore(state["pace"])
