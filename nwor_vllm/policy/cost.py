@@ -185,7 +185,7 @@ class Cost:
         if self.profiled:
             self._compare_pace(residuals)
             return np.full(len(residuals), self.pace.now)
-        pace = self._pace(requests, verified, steps, judged, seconds, alone)
+        pace = self._pace(data, alone, residuals)
         for wrong in np.minimum(np.abs(residuals - pace), 1.0)[alone].tolist():
             self.error = wrong if math.isnan(self.error) else self.error + 0.05 * (wrong - self.error)
         if self.seen < EAGER:
@@ -250,14 +250,13 @@ class Cost:
         self.moment = 0.5 * (less[:, :-1] + less[:, :-1].T) / np.outer(walk, walk)
         self.target = less[:, -1] / walk
 
-    def _pace(
-        self, requests: Floats, verified: Floats, steps: Floats, judged: Floats, seconds: Floats, alone: Any
-    ) -> Floats:
+    def _pace(self, data: Floats, alone: Any, residuals: Floats) -> Floats:
+        requests, verified, steps, judged, _, seconds, _ = data
         rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1)
         cells = np.minimum(np.rint(FINE * np.log2(np.maximum(verified, 1.0))), BUCKETS - 1)
         kinds = np.stack([rows, cells, steps, judged > 0], axis=1).astype(np.int64).tolist()
         told = [tuple(kind) if one else None for kind, one in zip(kinds, alone.tolist(), strict=True)]
-        return self.pace.observe(told, seconds.tolist())
+        return self.pace.observe(told, seconds.tolist(), residuals.tolist() if self.seen >= EAGER else ())
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats, trust: Floats | None = None) -> None:
         touched, trusts = set(), np.ones(len(ratio)) if trust is None else trust

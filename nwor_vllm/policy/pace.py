@@ -1,8 +1,10 @@
 """How fast the machine is just now, from steps that are of the same kind as earlier ones.
 
 A process's first steps are slow, machines drift, neighbours come and go. Taken for the price of the sizes that happened
-to run, that would decide draft lengths for a long time. So times are held against those of the same kind only, no
-model of what sizes cost is involved: what they all take longer than before is the machine's pace.
+to run, that would decide draft lengths for a long time. So times are held against those of the same kind: what they all
+take longer than before is the machine's pace. Where only new kinds run, they would keep the pace they met for good; so
+what a model of the costs says of them counts, but only if that is nearer to the pace at first: else a size that is
+dearer than the model believes would be a slow machine.
 """
 
 from __future__ import annotations
@@ -35,20 +37,26 @@ class Pace:
         self.last: list[float] = []  # what the last steps of known kinds told
         self.waiting: list[tuple[Kind, float, int]] = []  # those whose kinds have not learnt from them yet
 
-    def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float]) -> Floats:
+    def observe(self, kinds: Sequence[Kind | None], seconds: Sequence[float], modelled: Sequence[float] = ()) -> Floats:
         """The pace at each of these steps; a kind that is None tells nothing. A single step that is far off is no pace
-        for the next one, but one for itself: what it took is nobody's price."""
+        for the next one, but one for itself: what it took is nobody's price. `modelled`: the pace of each if a model of
+        the costs is right."""
         paces = np.empty(len(kinds))
         for i, (kind, taken) in enumerate(zip(kinds, seconds, strict=True)):
             self.steps += 1
-            paces[i] = self.now if kind is None else self._see(kind, math.log(taken))
+            paces[i] = (
+                self.now if kind is None else self._see(kind, math.log(taken), modelled[i] if modelled else math.inf)
+            )
         return paces
 
-    def _see(self, kind: Kind, log: float) -> float:
+    def _see(self, kind: Kind, log: float, modelled: float) -> float:
         mean, count = self._known(kind, self.steps)
         just, told = self.now, log - mean
         if count >= KNOWN:
             just = told if abs(told - self.now) > FAR else self._follow(told)
+        elif abs(modelled) < abs(self.now):
+            self._follow(modelled)
+            just = self.now
         self.waiting.append((kind, log, self.steps))
         if len(self.waiting) > WINDOW // 2:  # by then the median knows the pace that it had
             self._learn(*self.waiting.pop(0))

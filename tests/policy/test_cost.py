@@ -148,6 +148,47 @@ def test_the_more_times_scatter_the_more_visits_make_a_size_special() -> None:
     assert scattered < 0.7 * certain
 
 
+def run(
+    cost: Cost, rng: np.random.Generator, lengths: list[int], steps: int, slow: float = 1.0, dear: float = 1.0
+) -> None:
+    """Sixteen requests; drafts of more than five tokens are judged, trimmed a little, and `dear` times as dear."""
+    for _ in range(steps):
+        k = int(rng.choice(lengths))
+        judged = k if k > 5 else 0
+        verified = 16 * (1 + k) - (int(rng.integers(0, 12)) if judged else 0)
+        seconds = linear(16, verified, k) * slow * (dear if judged else 1.0) * math.exp(0.05 * rng.normal())
+        cost.observe([Timed(16, verified, k, judged, 0, seconds)])
+
+
+def ratio(cost: Cost) -> float:
+    """Of a judged step of eight to a plain one of five, over the true one of `linear`."""
+    judged = cost.predict(16, np.array([144.0]), np.array([8.0]), 0, 8)
+    plain = cost.predict(16, np.array([96.0]), np.array([5.0]))
+    return float(judged[0] / linear(16, 144, 8) / (plain[0] / linear(16, 96, 5)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slow_time_that_ends_with_the_kinds_that_knew_it_does_not_last(seed: int) -> None:
+    cost, rng = Cost(), np.random.default_rng(seed)
+    run(cost, rng, [6, 7, 8, 9], 20)
+    run(cost, rng, [0, 3, 5, 8], 60)
+    run(cost, rng, [5], 160)
+    run(cost, rng, [5], 30, slow=1.4)
+    assert cost.pace.now > 0.2
+    run(cost, rng, [6, 7, 8, 9, 10], 60)
+    assert abs(cost.pace.now) < 0.2
+    assert ratio(cost) == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lengths_that_are_dearer_than_believed_are_no_slow_machine(seed: int) -> None:
+    cost, rng = Cost(), np.random.default_rng(seed)
+    run(cost, rng, [0, 3, 5], 200)
+    run(cost, rng, [6, 7, 8, 9, 10], 40, dear=1.4)
+    assert abs(cost.pace.now) < 0.1
+    assert ratio(cost) > 1.2
+
+
 def test_what_was_dear_in_slow_times_is_believed_until_few_visits_say_otherwise() -> None:
     cost, rng, k = Cost(), np.random.default_rng(0), np.array([3.0, 8.0])
 
