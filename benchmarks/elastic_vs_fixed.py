@@ -2,9 +2,10 @@
 
     python benchmarks/elastic_vs_fixed.py --target wide --workloads mixed code --concurrency 1 16 --blocks 6
 
-All arms run in one process, interleaved: a block runs every arm once on the same prompts, in an order that is reversed
-in the next block. Many small blocks are better than few large ones: a machine's speed drifts over seconds. The drafting
-arms share one engine and are switched live; an arm's policy goes on where it stopped. No speculation and vLLM's table
+All arms run in one process, interleaved: a block runs every arm on the same prompts, in an order that is reversed the
+next time; with one request in flight they take turns request by request, else once a block. A machine's speed drifts
+over seconds, and turns of a fifth of a second leave little of that. The drafting arms share one engine and are switched
+live; an arm's policy goes on where it stopped. No speculation and vLLM's table
 have engines of their own, without the plugin. The clock runs while `--concurrency` requests are in flight.
 
 The best fixed length is chosen in hindsight on the very blocks it is judged by, which favours it. Results are kept cell
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from nwor_vllm import zoo
 from nwor_vllm.bench import provenance, record, stats
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
-VERSION = 4
+VERSION = 5
 LENGTHS = (1, 2, 3, 5, 8, 10, 15)
 LADDER = (0, *LENGTHS)
 TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
@@ -167,10 +168,24 @@ def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurren
     return seconds, sum(tokens.values())
 
 
+def turns(
+    names: Sequence[str], block: int, requests: int, concurrency: int
+) -> Iterator[tuple[int, slice, Sequence[str]]]:
+    """The turns of a block: number, requests, and the arms in their order. With one request in flight that is a request
+    each, or seconds of a slow machine would be one arm's; no arm always follows the same one."""
+    size = 1 if concurrency == 1 else requests
+    for first in range(0, requests, size):
+        number = (block * requests + first) // size
+        order = list(names) if number % 2 == 0 else list(names)[::-1]
+        start = (number // 2) * 5 % len(order)
+        yield number, slice(first, first + size), [*order[start:], *order[:start]]
+
+
 def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """One cell: per arm, tokens per second of every block."""
     engines.forget()
-    names, rates = arms(), {arm: [] for arm in arms()}  # type: dict[str, list[float]]
+    names = arms()
+    rates: dict[str, list[float]] = {arm: [] for arm in names}
     totals: dict[str, dict[str, Any]] = {}
     for block in range(-1, cell["blocks"]):  # block -1 warms up
         seed = 1000 * cell["seed"] + block + 1
@@ -184,24 +199,30 @@ def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None
             engines.sampling(temperature=cell["temperature"], max_tokens=cell["max_tokens"], seed=seed * 64 + i)
             for i in range(len(prompts))
         ]
-        order = names if block % 2 == 0 else names[::-1]
-        start = (block // 2) * 5 % len(order)  # no arm always follows the same one
-        for arm in [*order[start:], *order[:start]]:
-            llm = engines.of(arm)
-            seconds, tokens = run_block(llm, prompts, params, cell["concurrency"], f"{arm}-{block}")
-            if block < 0:
-                continue
-            rates[arm].append(tokens / seconds)
-            counted = engines.counters(arm)
-            if counted is not None:
-                total = totals.setdefault(arm, {})
-                for name in ("rounds", "drafted_tokens", "verified_tokens", "accepted_tokens", "draft_forwards"):
-                    total[name] = total.get(name, 0) + counted[name]
-                histogram = total.setdefault("length_histogram", {})
-                for k, n in counted["length_histogram"].items():
-                    histogram[str(k)] = histogram.get(str(k), 0) + n
+        clock = {arm: [0.0, 0] for arm in names}
+        for turn, mine, order in turns(names, block, len(prompts), cell["concurrency"]):
+            for arm in order:
+                llm = engines.of(arm)
+                spent = run_block(llm, prompts[mine], params[mine], cell["concurrency"], f"{arm}-{turn}")
+                clock[arm] = [sum(pair) for pair in zip(clock[arm], spent, strict=True)]
+                if block >= 0:
+                    _count(totals.setdefault(arm, {}), engines.counters(arm))
+        if block >= 0:
+            for arm, (seconds, tokens) in clock.items():
+                rates[arm].append(tokens / seconds)
         say(f"  block {block + 1}/{cell['blocks']}")
-    return {"cell": dict(cell), "tokens_per_s": rates, "counters": totals, "summary": summarise(rates)}
+    counted = {arm: total for arm, total in totals.items() if total}
+    return {"cell": dict(cell), "tokens_per_s": rates, "counters": counted, "summary": summarise(rates)}
+
+
+def _count(total: dict[str, Any], counters: Mapping[str, Any] | None) -> None:
+    if counters is None:
+        return
+    for name in ("rounds", "drafted_tokens", "verified_tokens", "accepted_tokens", "draft_forwards"):
+        total[name] = total.get(name, 0) + counters[name]
+    histogram = total.setdefault("length_histogram", {})
+    for k, n in counters["length_histogram"].items():
+        histogram[str(k)] = histogram.get(str(k), 0) + n
 
 
 def summarise(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -66,6 +66,21 @@ def test_small_blocks_together_are_mixed(headline: Any) -> None:
     assert sorted(seen) == sorted(row["prompt"] for row in zoo.prompts("all", 16, 1))
 
 
+def test_arms_take_turns(headline: Any) -> None:
+    """One request in flight: every request is a turn of all arms; several: the block is. Orders are reversed in turn,
+    and no arm is always first."""
+    names, requests = headline.arms(), 8
+    for block in (-1, 0, 1):
+        single = list(headline.turns(names, block, requests, 1))
+        assert [range(requests)[mine] for _, mine, _ in single] == [range(i, i + 1) for i in range(requests)]
+        ((_, everything, _),) = headline.turns(names, block, requests, 4)
+        assert range(requests)[everything] == range(requests)
+        assert all(sorted(order) == sorted(names) for _, _, order in single)
+    numbers = [number for block in (-1, 0, 1) for number, _, _ in headline.turns(names, block, requests, 1)]
+    assert numbers == list(range(-requests, 2 * requests))
+    assert len({order[0] for _, _, order in headline.turns(names, 0, requests, 1)}) > 2
+
+
 def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
     fresh = {"version": 1, "target": "t", "drafter": "d", "table": [], "versions": {}, "code": "a", "cells": {}}
     path = tmp_path / "r.json"
