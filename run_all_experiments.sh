@@ -18,7 +18,7 @@ mkdir -p sweeps
 exec 7> >(tee -a sweeps/master_experiment.log)
 tee=$! failed=() child=
 # In the background and waited for: bash runs a trap only between foreground commands.
-trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 130' INT TERM
+trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child" || :; }; exit 130' INT TERM
 for grid in adaptive_grid early_exit_grid oneoff_scenarios; do
     say "== $grid"
     "./run_$grid.sh" "$@" >&7 2>&1 </dev/null 7>&- &

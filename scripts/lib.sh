@@ -75,7 +75,7 @@ run_grid() {
     nwor plan "$config" --out "$out" --tsv >"$rows"
     groups=$(awk -F'\t' '$2 == "pending" && !seen[$1]++ { print $1 }' "$rows")
     # In the background and waited for: bash runs a trap only between foreground commands.
-    trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 130' INT TERM
+    trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null; wait "$child" || :; }; exit 130' INT TERM
     while IFS= read -r group; do
         [[ -n $group ]] || continue
         nwor bench "$config" --out "$out" --group "$group" > >(tee -a "$log") 2>&1 &

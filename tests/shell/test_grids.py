@@ -23,8 +23,8 @@ case "$1 $*" in
         if [[ -e $CALLS.planned ]]; then cat "$ROWS"; else printf '%s\tpending\tx\tmissing\n' $GROUPS_LEFT; fi
         touch "$CALLS.planned" ;;
     bench*"$HANG"*)
+        trap 'echo stopped >>"$CALLS"; exit 7' TERM
         echo $$ >"$CALLS.pid"
-        trap 'echo stopped >>"$CALLS"; exit 130' TERM
         while :; do sleep 0.05; done ;;
     bench*"$FAIL"*) echo "measuring $6"; exit 1 ;;
     bench*) echo "measuring $6" ;;
