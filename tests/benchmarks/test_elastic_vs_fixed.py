@@ -78,7 +78,9 @@ def test_arms_take_turns(headline: Any) -> None:
         assert all(sorted(order) == sorted(names) for _, _, order in single)
     numbers = [number for block in (-1, 0, 1) for number, _, _ in headline.turns(names, block, requests, 1)]
     assert numbers == list(range(-requests, 2 * requests))
-    assert len({order[0] for _, _, order in headline.turns(names, 0, requests, 1)}) > 2
+    orders = [order for _, _, order in headline.turns(names, 0, requests, 1)]
+    assert orders[1] == orders[0][::-1]
+    assert len({order[0] for order in orders}) > 2
 
 
 def test_results_of_other_code_are_not_mixed(headline: Any, tmp_path: Path) -> None:
