@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,13 +45,18 @@ class Scratch:
     """Room for the distributions of one position in fp32, kept: memory that is new costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.room = torch.empty(0, 0)
+        self.room = self.view = torch.empty(0, 0)
+        self.array = self.view.numpy()
 
-    def fill(self, logits: torch.Tensor) -> torch.Tensor:
-        rows, vocab = logits.shape
-        if self.room.shape[0] < rows or self.room.shape[1] != vocab:
-            self.room = torch.empty(rows, vocab)
-        return self.room[:rows].copy_(logits)
+    def fill(self, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The same memory as tensor and as array."""
+        if logits.shape != self.view.shape:
+            rows, vocab = logits.shape
+            if self.room.shape[0] < rows or self.room.shape[1] != vocab:
+                self.room = torch.empty(rows, vocab)
+            self.view = self.room[:rows]
+            self.array = self.view.numpy()
+        return self.view.copy_(logits), self.array
 
 
 class HostJudge:
@@ -70,16 +75,18 @@ class HostJudge:
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
         # What kernels.reference.confidence says, to fp32's last digits; NaN in a row without a distribution.
-        room = self.scratch.fill(logits)
-        tokens = room.numpy().argmax(axis=1)
-        p = torch.softmax(room, dim=1, out=room).numpy()
+        room, p = self.scratch.fill(logits)
+        tokens = p.argmax(axis=1)
+        torch.softmax(room, dim=1, out=room)
         confidence, going = p[self.every, tokens].tolist(), self.rows.going
         self.rows.take(confidence if len(going) == len(tokens) else [confidence[r] for r in going])
         return torch.from_numpy(tokens)
 
     def alive(self) -> Sequence[bool]:
-        going = set(self.rows.going)
-        return [r in going for r in range(len(self.rows.caps))]
+        on = [False] * len(self.every)
+        for r in self.rows.going:
+            on[r] = True
+        return on
 
     def lengths(self) -> Sequence[int]:
         return self.rows.kept

@@ -160,8 +160,10 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             for out in client.outputs
             if out.finish_reason is not None
         }
+        if not ended:
+            return self.nwor_rounds
         rounds = list(self.nwor_rounds)
-        for i, done in enumerate(rounds) if ended else ():
+        for i, done in enumerate(rounds):
             tokens = ended.get(done.request_id)
             if tokens is not None and tokens <= done.accepted:
                 last = max(tokens - 1, 0)
@@ -196,7 +198,8 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             judged_steps=draft_steps if report is not None and report.confidence else 0,
             prompts=len(tokens) - decoding,
         )
-        self.nwor_policy.observe(dataclasses.replace(measured, rounds=within))
+        seen = measured if within is self.nwor_rounds else dataclasses.replace(measured, rounds=within)
+        self.nwor_policy.observe(seen)
         self.nwor_thought = time.perf_counter() - now
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset

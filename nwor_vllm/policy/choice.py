@@ -55,7 +55,7 @@ class Chooser:
         np.einsum("rj,prj->pj", some, worth, out=sums[0, :, 1:])
         np.einsum("prj->pj", worth, out=sums[1, :, 1:])
         kept, verified = np.add.accumulate(sums, axis=2)[:, :, self.rungs] * (n / len(some))
-        seconds = self.cost.predict(n, n + verified, np.broadcast_to(lengths, verified.shape), context)
+        seconds = self.cost.predict(n, n + verified, lengths, context)
         found = self._pick(n, n + kept, np.maximum.accumulate(seconds, axis=1), trust)
         trim, best = divmod(found.best, len(lengths))
         return found._replace(best=best, own=found.own % len(lengths), slot=slot, price=float(prices[trim]))

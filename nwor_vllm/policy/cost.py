@@ -3,7 +3,7 @@
 seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, judged draft steps, judged
 x requests, any draft to verify, any prefill, its tokens, hinges of the verified tokens) with w >= 0, so monotone, and
 convex in the tokens as rooflines are; times, where nothing is prefilled, a correction per size bucket of the verified
-tokens (graph padding and tile sizes make real costs step, not slope).
+tokens (`sizes.py`).
 Directions that the traffic does not excite stay at the prior (one draft length at one batch size cannot tell
 verification from drafting; a ridge can). What was learnt walks at random from then on: it is doubted more with every
 step, believed until something newer says otherwise, and then soon replaced. Residuals are clipped, so that a suspended
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nwor_vllm.policy.pace import WINDOW, Pace
+from nwor_vllm.policy.sizes import Sizes, places
 from nwor_vllm.policy.stop import Floats
 
 HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
@@ -40,14 +41,8 @@ FAST = 0.5  # below which they have none: no accident makes a step fast
 WALK = 0.005  # of its value, by how much each weight may have moved in a step (standard deviation)
 EAGER, FITS = 64, 4  # until this many steps were seen all are fitted anew, so many times; then every SOLVE_EVERY steps
 SOLVE_EVERY = 16
-ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per quarter octave of verified tokens
-BUCKET_PRIOR = 2.0  # steps of a size that say it is as any other
-KNOWN = 3.0  # steps after which a bucket's residuals are clipped
-AGE = 50.0  # steps after which newer residuals of a bucket weigh more
 SEEDED, STEADY = 256.0, 4.0  # steps that a profile counts as; weight of its steady rows
 SHORTEST = 1e-9  # seconds; no step is predicted to be free
-KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
-PLACES = np.arange(BUCKETS)
 KNOTS = np.append(HINGES, 65536.0)  # between which what verified tokens cost is straight
 BENDS = np.maximum(KNOTS[:, None] - HINGES, 0.0)
 
@@ -62,10 +57,6 @@ class Timed(NamedTuple):
     context: int
     seconds: float
     prefill: int = 0
-
-
-def _row(requests: float) -> int:
-    return min(ROWS - 1, round(math.log2(max(requests, 1))))
 
 
 def features(
@@ -86,9 +77,7 @@ class Cost:
         self.prior: Floats = np.zeros(SIZE)
         self.moment: Floats = np.zeros((SIZE, SIZE))
         self.target: Floats = np.zeros(SIZE)
-        self.bucket: Floats = np.zeros((2, ROWS, BUCKETS))  # sum of log ratios, count
-        self.touched: Floats = np.zeros((ROWS, BUCKETS))  # the step that was their last
-        self.correction: Floats = np.ones((ROWS, BUCKETS))
+        self.sizes = Sizes()
         self.seen = 0
         self.solve_at = 0
         self.early: list[list[float]] = []  # the first EAGER steps, at pace 0
@@ -106,6 +95,11 @@ class Cost:
         return NOISE if math.isnan(self.error) else max(NOISE, 1.25 * self.error)  # a Gaussian's deviation
 
     @property
+    def _scatter(self) -> float:
+        """How many times the least noise there is."""
+        return self._noise / NOISE
+
+    @property
     def _scale(self) -> Floats:
         return np.maximum(self.prior, 1e-12)
 
@@ -116,22 +110,13 @@ class Cost:
         base += w[0] + w[1] * requests + w[CONTEXT] / 1024.0 * context
         base += (w[DRAFT] + w[DRAFT_REQUEST] * requests) * steps + w[ANY] * (steps > 0)
         base += (w[JUDGED] + w[JUDGED_REQUEST] * requests) * judged + w[VERIFY] * (verified > requests)
-        if isinstance(requests, np.ndarray):
-            base *= self._corrections(requests, verified)
-        else:
-            base *= np.interp(FINE * np.log2(np.maximum(verified, 1.0)), PLACES, self.correction[_row(requests)])
+        several = isinstance(requests, np.ndarray)
+        base *= self.sizes.factors(requests, verified) if several else self.sizes.along(requests, verified)
         return np.asarray(np.maximum(base, SHORTEST))
 
     def _believe(self, weights: Floats) -> None:
         self.weights, self._terms = weights, weights.tolist()
         self._heights = BENDS @ weights[TOKENS:]
-
-    def _corrections(self, requests: Floats, verified: Floats) -> Floats:
-        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1).astype(np.int64)
-        place = np.minimum(FINE * np.log2(np.maximum(verified, 1.0)), BUCKETS - 1.001)
-        left = place.astype(np.int64)
-        part = place - left
-        return np.asarray((1.0 - part) * self.correction[rows, left] + part * self.correction[rows, left + 1])
 
     def prefill(self, tokens: Floats) -> Floats:
         """Seconds that prompts take beside the rounds of their steps."""
@@ -181,7 +166,7 @@ class Cost:
             self._begin(x, seconds, alone)
         expected = np.maximum(x @ self.weights, SHORTEST)
         ratio = np.log(np.maximum(seconds, 1e-12) / expected)
-        residuals = ratio - np.log(self._corrections(requests, verified))
+        residuals = ratio - np.log(self.sizes.factors(requests, verified))
         if self.profiled:
             self._compare_pace(residuals)
             return np.full(len(residuals), self.pace.now)
@@ -222,7 +207,7 @@ class Cost:
         seconds = np.minimum(np.maximum(seconds, rough / ABSURD), rough * ABSURD)
         first = EARLY * (1.0 - 1.0 / np.maximum(requests, 1.0)) / np.sqrt(np.arange(len(x)) + 1.0)
         trust, expected = self._fit(x, seconds, np.maximum(self._noise, first) ** -2.0, rough)
-        self.bucket[:] = 0.0
+        self.sizes.clear()
         self._correct(requests[alone], verified[alone], np.log(seconds / expected)[alone], trust[alone])
         self.solve_at = self.seen + SOLVE_EVERY
         self.early = self.early if self.seen < EAGER else []
@@ -252,31 +237,13 @@ class Cost:
 
     def _pace(self, data: Floats, alone: Any, residuals: Floats) -> Floats:
         requests, verified, steps, judged, _, seconds, _ = data
-        rows = np.minimum(np.rint(np.log2(np.maximum(requests, 1.0))), ROWS - 1)
-        cells = np.minimum(np.rint(FINE * np.log2(np.maximum(verified, 1.0))), BUCKETS - 1)
-        kinds = np.stack([rows, cells, steps, judged > 0], axis=1).astype(np.int64).tolist()
-        told = [tuple(kind) if one else None for kind, one in zip(kinds, alone.tolist(), strict=True)]
+        drafts, watched, clear = steps.astype(int).tolist(), (judged > 0).tolist(), alone.tolist()
+        kinds = zip(places(requests, verified), drafts, watched, clear, strict=True)
+        told = [(*place, drafted, int(shown)) if one else None for place, drafted, shown, one in kinds]
         return self.pace.observe(told, seconds.tolist(), residuals.tolist() if self.seen >= EAGER else ())
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats, trust: Floats | None = None) -> None:
-        touched, trusts = set(), np.ones(len(ratio)) if trust is None else trust
-        seen = zip(requests.tolist(), verified.tolist(), ratio.tolist(), trusts.tolist(), strict=True)
-        for n, tokens, log, weight in seen:
-            row, cell = _row(n), min(BUCKETS - 1, round(FINE * math.log2(max(tokens, 1.0))))
-            self.bucket[:, row, cell] *= math.exp((self.touched[row, cell] - self.seen - 1) / AGE)
-            self.touched[row, cell] = self.seen
-            now = math.log(self.correction[row, cell])
-            width = CLIP * NOISE if self.bucket[1, row, cell] >= KNOWN else 0.5
-            self.bucket[0, row, cell] += weight * max(now - width, min(now + width, log))
-            self.bucket[1, row, cell] += weight
-            touched.add(row)
-        for row in touched:
-            self._smooth(row)
-
-    def _smooth(self, row: int) -> None:
-        """The more steps scatter, the more of them it takes to believe that a size is special."""
-        total, count = self.bucket[:, row] @ KERNEL
-        self.correction[row] = np.exp(total / (count + BUCKET_PRIOR * (self._noise / NOISE) ** 2))
+        self.sizes.learn(places(requests, verified), ratio, trust, self.seen, self._scatter)
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""
@@ -306,9 +273,7 @@ class Cost:
         _, expected = self._fit(x, seconds, often * (SEEDED / often.sum() / NOISE**2), seconds)
         self.seen = self.solve_at = EAGER
         self._correct(requests, verified, np.log(seconds / expected))
-        self.bucket *= np.minimum(1.0, KNOWN / np.maximum(self.bucket[1], KNOWN))
-        for row in range(ROWS):
-            self._smooth(row)
+        self.sizes.doubt(self._scatter)
         self.profiled = True
 
     def _compare_pace(self, residuals: Floats) -> None:
@@ -324,9 +289,7 @@ class Cost:
             "prior": self.prior.tolist(),
             "moment": self.moment.tolist(),
             "target": self.target.tolist(),
-            "bucket": self.bucket.tolist(),
-            "touched": self.touched.tolist(),
-            "correction": self.correction.tolist(),
+            "sizes": self.sizes.snapshot(),
             "seen": self.seen,
             "solve_at": self.solve_at,
             "early": [list(row) for row in self.early],
@@ -340,8 +303,7 @@ class Cost:
         self._believe(np.array(state["weights"], float))
         self.prior = np.array(state["prior"], float)
         self.moment, self.target = np.array(state["moment"], float), np.array(state["target"], float)
-        self.bucket, self.touched = np.array(state["bucket"], float), np.array(state["touched"], float)
-        self.correction = np.array(state["correction"], float)
+        self.sizes.restore(state["sizes"])
         self.seen, self.solve_at = int(state["seen"]), int(state["solve_at"])
         self.early = [[float(x) for x in row] for row in state["early"]]
         self.pace.restore(state["pace"])

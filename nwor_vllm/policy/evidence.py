@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,7 @@ from nwor_vllm.policy.stop import Floats, Ints
 MOST_ROUNDS = 256  # of whole steps learnt from in one go
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """A step, the plan it ran under, and what history alone would have planned."""
 
     step: Step
@@ -31,7 +31,7 @@ class Seen:
 
     def sped(self, factor: float) -> Seen:
         """As it would have been on a machine so many times as fast."""
-        return Seen(self.step, self.plan, self.plain, self.pace * factor)
+        return self._replace(pace=self.pace * factor)
 
     def timed(self) -> Timed:
         s, seconds = self.step, self.step.seconds / self.pace
@@ -50,7 +50,7 @@ def thinned(seen: Sequence[Seen], row: Mapping[str, int]) -> tuple[Sequence[Seen
         rounds = s.step.rounds
         if stride > 1 and kept and sum([len(k.step.rounds) for k in kept]) + len(rounds) > MOST_ROUNDS:
             rounds = [r for r in rounds if row.get(r.request_id, 0) % stride == 0]
-            s = replace(s, step=replace(s.step, rounds=rounds))
+            s = s._replace(step=replace(s.step, rounds=rounds))
         if rounds:
             kept.append(s)
     return kept[::-1], stride

@@ -37,12 +37,11 @@ class Price:
         rounds = np.stack([(survival * worth).sum(axis=2), worth.sum(axis=2)])
         kept, slots = (np.add.reduceat(rounds, begin, axis=2) / np.diff(cut))[:, :, judged]  # [thresholds, steps]
         steps = [seen[first + i].step for i in judged.tolist()]
-        columns = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
-        n, drafts, context = (np.broadcast_to(x, kept.shape) for x in columns)
+        n, drafts, context = np.array([(len(s.rounds), s.draft_steps, s.context_tokens) for s in steps], float).T
         tokens = (n * (1.0 + kept)).sum(axis=1)
         seconds = cost.predict(n, n * (1.0 + slots), drafts, context, drafts).sum(axis=1)
-        rates = tokens / (seconds * (1.0 + overhead * tokens / columns[0].sum()))
-        requests = float(columns[0].mean())
+        rates = tokens / (seconds * (1.0 + overhead * tokens / n.sum()))
+        requests = float(n.mean())
         self._move(TRIED[rates >= rates.max() * (1.0 - LEVEL / requests)], requests)
 
     def _move(self, good: Floats, requests: float) -> None:

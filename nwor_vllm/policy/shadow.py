@@ -183,21 +183,17 @@ def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost
     """`share`: rounds of every alternative for one that was run."""
     whole = np.array([len(s.step.rounds) == s.step.requests for s in seen])
     n = np.diff(batch.starts).astype(float)
-    lengths = rungs.astype(float)
-    slots = np.column_stack([n[:, None] * lengths, np.add.reduceat(batch.plain, batch.starts[:-1])])
-    longest = np.array([s.plain.k for s in seen], float)
-    drafts = np.column_stack([np.broadcast_to(lengths, (len(seen), len(lengths))), longest])
     timed = np.array([s.timed() for s in seen], float)
     context, measured, beside = timed[:, 4], timed[:, 5], cost.prefill(timed[:, 6])
-    wide = drafts.shape[1]
-    predicted = cost.predict(
-        np.append(np.repeat(n, wide), timed[:, 0]),
-        np.append((n[:, None] + slots).ravel(), timed[:, 1]),
-        np.append(drafts.ravel(), timed[:, 2]),
-        np.append(np.repeat(context, wide), context),
-        np.append(np.zeros(drafts.size), timed[:, 3]),
-    )
-    step, expected = predicted[: drafts.size].reshape(drafts.shape), predicted[drafts.size :] + beside
+    # A column for every rung, one for the plain plan, one for what was run.
+    requests, verified, drafts, judged = np.zeros((4, len(seen), len(rungs) + 2))
+    requests[:, :-1], requests[:, -1] = n[:, None], timed[:, 0]
+    drafts[:, :-2], drafts[:, -2], drafts[:, -1] = rungs, [s.plain.k for s in seen], timed[:, 2]
+    verified[:, :-2] = n[:, None] + n[:, None] * rungs
+    verified[:, -2] = n + np.add.reduceat(batch.plain, batch.starts[:-1])
+    verified[:, -1], judged[:, -1] = timed[:, 1], timed[:, 3]
+    predicted = cost.predict(requests, verified, drafts, context[:, None], judged)
+    step, expected = predicted[:, :-1], predicted[:, -1] + beside
     measured = np.where(measured > 0, measured, expected)  # NaN too
     seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
     tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])

@@ -29,15 +29,15 @@ class Stopping:
         self.going = [r for r in range(rows) if min(caps[r], k) > 0]  # rows that want the next draft token
         self.kept = [0] * rows
         self.seen: list[list[float]] = [[] for _ in range(rows)]  # confidences of each row while it drafted
+        self._judges = rule.active
         self._survival = [1.0] * rows
         self._product = [1.0] * rows
 
     def take(self, confidence: Sequence[float]) -> None:
         """The confidences of the next position, of the rows that are `going`, in their order; NaN counts as 0."""
-        confidence = [c if c == c else 0.0 for c in confidence]
         for r, c in zip(self.going, confidence, strict=True):
-            self.seen[r].append(c)
-        on = self._judged(confidence) if self.rule.active else self._capped()
+            self.seen[r].append(c if c == c else 0.0)
+        on = self._judged() if self._judges else self._capped()
         self.drafted += 1
         if self.drafted < self.k:
             self.going = sorted({*on, *self.whole}) if self.whole else on
@@ -52,12 +52,13 @@ class Stopping:
             self.kept[r] = position + 1
         return [r for r in self.going if self.caps[r] > position + 1]
 
-    def _judged(self, confidence: Sequence[float]) -> list[int]:
+    def _judged(self) -> list[int]:
         rule, position, verify = self.rule, self.drafted, self.rule.verify_cost
         a, b = _last(rule.calibration, position) if rule.calibration else (0.0, 1.0)
         hazard = _last(rule.hazard, position + 1) if rule.hazard else None
         on, gain = [], 0.0
-        for r, c in zip(self.going, confidence, strict=True):
+        for r in self.going:
+            c = self.seen[r][-1]
             self._survival[r] = survival = self._survival[r] * (accept := _accept(a, b, c, self.bias[r]))
             self._product[r] = product = self._product[r] * c
             if c >= rule.threshold and product >= rule.min_survival and survival >= verify:

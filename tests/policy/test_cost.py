@@ -141,7 +141,7 @@ def test_the_more_times_scatter_the_more_visits_make_a_size_special() -> None:
             k = 7 if step % 75 == 24 and step > 100 else int(rng.choice([0, 1, 2, 3, 4, 5, 10]))
             slow = 1.2 if k == 7 else math.exp(scatter * rng.normal())
             cost.observe([Timed(1, 1 + k, k, 0, 0, linear(1, 1 + k, k) * slow)])
-        return math.log(cost.correction[0, 12])  # of eight verified tokens
+        return math.log(cost.sizes.factor[0, 12])  # of eight verified tokens
 
     certain, scattered = (np.mean([believed(scatter, seed) for seed in range(6)]) for scatter in (0.01, 0.15))
     assert certain > 0.05
