@@ -293,7 +293,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 32])
     parser.add_argument("--blocks", type=int, default=12, help="paired blocks a cell; an even number")
-    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 4, or 3 for each in flight")
+    parser.add_argument("--requests", type=int, default=0, help="requests a block; 0 = 9 for each in flight")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic_vs_fixed.json"))
@@ -314,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
     cells = [
         {
             "workload": workload, "temperature": temperature, "concurrency": concurrency, "blocks": args.blocks,
-            "requests": args.requests or max(4, 3 * concurrency), "max_tokens": args.max_tokens, "seed": args.seed,
+            "requests": args.requests or 9 * concurrency, "max_tokens": args.max_tokens, "seed": args.seed,
         }
         for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
     ]  # fmt: skip

@@ -243,7 +243,7 @@ class Cost:
         return self.pace.observe(told, seconds.tolist(), residuals.tolist() if self.seen >= EAGER else ())
 
     def _correct(self, requests: Floats, verified: Floats, ratio: Floats, trust: Floats | None = None) -> None:
-        self.sizes.learn(places(requests, verified), ratio, trust, self.seen, self._scatter)
+        self.sizes.learn(places(requests, verified), ratio, trust, self._scatter)
 
     def _solve(self) -> None:
         """Ridge towards the prior, weights not negative: what comes out negative is held at zero, and solved again."""

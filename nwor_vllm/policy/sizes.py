@@ -17,7 +17,7 @@ ROWS, BUCKETS, FINE = 12, 48, 4.0  # corrections per octave of requests, and per
 PRIOR = 2.0  # steps of a size that say it is as any other
 KNOWN = 3.0  # steps after which a size's residuals are clipped
 WIDTH, FIRST_WIDTH = 0.15, 0.5  # to so much from what is believed; and before
-AGE = 50.0  # steps after which newer residuals of a size weigh more
+AGE = 50.0  # steps of a size after which newer ones weigh more; a size that is rarely seen is not forgotten for it
 KERNEL = np.exp(-np.abs(np.subtract.outer(np.arange(BUCKETS), np.arange(BUCKETS))) / 0.5)  # neighbours share evidence
 PLACES = np.arange(BUCKETS)
 
@@ -34,7 +34,6 @@ def places(requests: Floats, verified: Floats) -> list[Place]:
 class Sizes:
     def __init__(self) -> None:
         self.told: Floats = np.zeros((2, ROWS, BUCKETS))  # sum of log ratios, count
-        self.touched: Floats = np.zeros((ROWS, BUCKETS))  # the step that was their last
         self.factor: Floats = np.ones((ROWS, BUCKETS))
 
     def along(self, requests: float, verified: Floats) -> Floats:
@@ -50,26 +49,21 @@ class Sizes:
         part = place - left
         return np.asarray((1.0 - part) * self.factor[rows, left] + part * self.factor[rows, left + 1])
 
-    def learn(self, where: Sequence[Place], ratio: Floats, trust: Floats | None, step: int, scatter: float) -> None:
-        """From steps whose times were so far, in logs, from what the lines say; `step` is the number of the last one.
-        `scatter`: how many times the least noise times have."""
+    def learn(self, where: Sequence[Place], ratio: Floats, trust: Floats | None, scatter: float) -> None:
+        """From steps whose times were so far, in logs, from what the lines say; `scatter`: how many times the least
+        noise they have."""
         found: dict[Place, list[float]] = {}  # sum, count, and what was believed
         fade, trusts = math.exp(-1.0 / AGE), [1.0] * len(ratio) if trust is None else trust.tolist()
         for place, log, weight in zip(where, ratio.tolist(), trusts, strict=True):
             kept = found.get(place)
             if kept is None:
-                total, count = self.told[:, *place].tolist()
-                faded = math.exp((float(self.touched[place]) - step - 1) / AGE)
-                kept = found[place] = [faded * total, faded * count, math.log(self.factor[place])]
-            else:
-                kept[0] *= fade
-                kept[1] *= fade
+                kept = found[place] = [*self.told[:, *place].tolist(), math.log(self.factor[place])]
             now = kept[2]
             width = WIDTH if kept[1] >= KNOWN else FIRST_WIDTH
-            kept[0] += weight * max(now - width, min(now + width, log))
-            kept[1] += weight
+            kept[0] = fade * kept[0] + weight * max(now - width, min(now + width, log))
+            kept[1] = fade * kept[1] + weight
         for place, (total, count, _) in found.items():
-            self.told[:, *place], self.touched[place] = (total, count), step
+            self.told[:, *place] = total, count
         for row in {row for row, _ in found}:
             self._smooth(row, scatter)
 
@@ -88,8 +82,7 @@ class Sizes:
         self.factor[row] = np.exp(total / (count + PRIOR * scatter**2))
 
     def snapshot(self) -> dict[str, Any]:
-        return {"told": self.told.tolist(), "touched": self.touched.tolist(), "factor": self.factor.tolist()}
+        return {"told": self.told.tolist(), "factor": self.factor.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.told, self.touched = np.array(state["told"], float), np.array(state["touched"], float)
-        self.factor = np.array(state["factor"], float)
+        self.told, self.factor = np.array(state["told"], float), np.array(state["factor"], float)
