@@ -148,6 +148,20 @@ def test_the_more_times_scatter_the_more_visits_make_a_size_special() -> None:
     assert scattered < 0.7 * certain
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_visits_add_up_however_rare_they_are(seed: int) -> None:
+    """A size off the line, run one step in sixty: what it takes is believed after thirty visits as after thirty in a
+    row."""
+    cost, rng = Cost(), np.random.default_rng(seed)
+    for step in range(1800):
+        k = 8 if step % 60 == 59 else (3, 5)[step % 2]
+        seconds = linear(16, 16 * (1 + k), k) * (0.8 if k == 8 else 1.0) * math.exp(0.05 * rng.normal())
+        cost.observe([Timed(16, 16 * (1 + k), k, 0, 0, seconds)])
+    found = today(cost, 16, np.array([64.0, 144.0]), np.array([3.0, 8.0]))
+    true = linear(16, 64, 3), linear(16, 144, 8)
+    assert found[1] / found[0] == pytest.approx(0.8 * true[1] / true[0], rel=0.1)
+
+
 def run(
     cost: Cost, rng: np.random.Generator, lengths: list[int], steps: int, slow: float = 1.0, dear: float = 1.0
 ) -> None:
