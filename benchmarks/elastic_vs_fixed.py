@@ -3,8 +3,8 @@
     python benchmarks/elastic_vs_fixed.py --target wide --workloads mixed code --concurrency 1 16 --blocks 6
 
 All arms run in one process, interleaved: a block runs every arm on the same prompts, in an order that is reversed the
-next time; with one request in flight they take turns request by request, else once a block. A machine's speed drifts
-over seconds, and turns of a fifth of a second leave little of that. The drafting arms share one engine and are switched
+next time, and they take turns: request by request where one is in flight, else by three for each. A machine's speed
+drifts over seconds, and short turns leave little of that. The drafting arms share one engine and are switched
 live; an arm's policy goes on where it stopped. No speculation and vLLM's table
 have engines of their own, without the plugin. The clock runs while `--concurrency` requests are in flight.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
+import math
 import os
 import shlex
 import shutil
@@ -32,7 +33,7 @@ from nwor_vllm import zoo
 from nwor_vllm.bench import provenance, record, stats
 from nwor_vllm.errors import ConfigError, CorruptFileError
 
-VERSION = 5
+VERSION = 6
 LENGTHS = (1, 2, 3, 5, 8, 10, 15)
 LADDER = (0, *LENGTHS)
 TABLE = [[1, 4, 5], [5, 16, 3], [17, 256, 1]]  # vLLM's: [from, to, K]
@@ -172,10 +173,10 @@ def turns(
     names: Sequence[str], block: int, requests: int, concurrency: int
 ) -> Iterator[tuple[int, slice, Sequence[str]]]:
     """The turns of a block: number, requests, and the arms in their order. With one request in flight that is a request
-    each, or seconds of a slow machine would be one arm's; no arm always follows the same one."""
-    size = 1 if concurrency == 1 else requests
+    each, else three for each, or seconds of a slow machine would be one arm's; no arm always follows the same one."""
+    size = 1 if concurrency == 1 else 3 * concurrency
     for first in range(0, requests, size):
-        number = (block * requests + first) // size
+        number = block * math.ceil(requests / size) + first // size
         order = list(names) if number % 2 == 0 else list(names)[::-1]
         start = (number // 2) * 5 % len(order)
         yield number, slice(first, first + size), [*order[start:], *order[:start]]

@@ -67,14 +67,15 @@ def test_small_blocks_together_are_mixed(headline: Any) -> None:
 
 
 def test_arms_take_turns(headline: Any) -> None:
-    """One request in flight: every request is a turn of all arms; several: the block is. Orders are reversed in turn,
-    and no arm is always first."""
+    """One request in flight: every request is a turn of all arms; several: three for each are. Orders are reversed in
+    turn, and no arm is always first."""
     names, requests = headline.arms(), 8
     for block in (-1, 0, 1):
         single = list(headline.turns(names, block, requests, 1))
         assert [range(requests)[mine] for _, mine, _ in single] == [range(i, i + 1) for i in range(requests)]
-        ((_, everything, _),) = headline.turns(names, block, requests, 4)
-        assert range(requests)[everything] == range(requests)
+        several = list(headline.turns(names, block, 20, 2))
+        assert [range(20)[mine] for _, mine, _ in several] == [range(6), range(6, 12), range(12, 18), range(18, 20)]
+        assert [number for number, _, _ in several] == [4 * block + i for i in range(4)]
         assert all(sorted(order) == sorted(names) for _, _, order in single)
     numbers = [number for block in (-1, 0, 1) for number, _, _ in headline.turns(names, block, requests, 1)]
     assert numbers == list(range(-requests, 2 * requests))
