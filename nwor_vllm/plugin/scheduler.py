@@ -146,11 +146,21 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             for request_id, n in report.cut.items():
                 invalid[request_id] = max(invalid.get(request_id, 0), n)
             scheduler_output.num_invalid_spec_tokens = invalid
-        self.nwor_rounds = []
+        self.nwor_rounds = self.nwor_unverified(scheduler_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
             self.nwor_observe(scheduler_output, report, self.nwor_within(outputs))
         return outputs
+
+    def nwor_unverified(self, step: Any) -> list[Round]:
+        """Rounds of those whose draft came to nothing: vLLM has no numbers for them, and without them the others' would
+        say that all drafts are as good as theirs."""
+        tokens, drafts = step.num_scheduled_tokens, step.scheduled_spec_decode_tokens
+        return [
+            Round(i, draft.drafted, 0, 0, draft.confidence)
+            for i, draft in self.nwor_drafted.items()
+            if tokens.get(i) == 1 and not drafts.get(i) and i in self.requests
+        ]
 
     def nwor_within(self, outputs: Mapping[int, Any]) -> list[Round]:
         """The rounds without what lies beyond a text's end: accepted in vain, it makes long drafts look better."""

@@ -167,6 +167,30 @@ def test_what_the_policy_sees_ends_where_texts_do(engine, token_prompts, monkeyp
     assert len(outputs) <= sum(step.prompts for step in seen) <= 2 * len(outputs)
 
 
+def test_a_draft_that_came_to_nothing_is_a_round_too(engine, token_prompts, monkeypatch):
+    """Without those the others would say that all drafts are as good as theirs."""
+    from nwor_vllm.bench.backends import vllm as backend
+
+    for threshold in (0.02, 0.1, 0.5):  # the drafter is not sure of much
+        backend.switch(engine, {"policy": "fixed", "early_exit": {"threshold": threshold, "min_survival": 0.0}})
+        scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+        seen, observe = [], scheduler.nwor_policy.observe
+        monkeypatch.setattr(scheduler.nwor_policy, "observe", lambda step: seen.append(step) or observe(step))
+        backend.generate(engine, token_prompts, **GREEDY)
+        monkeypatch.undo()
+        rounds = [r for step in seen for r in step.rounds]
+        verified = [r.verified for r in rounds]
+        if scheduler.scheduler_config.async_scheduling:  # one step is under way when a request ends
+            assert sum(step.requests - len(step.rounds) for step in seen) <= len(token_prompts)
+        else:
+            assert all(len(step.rounds) == step.requests for step in seen)
+        assert all(r.drafted >= 1 and len(r.confidence) == r.drafted for r in rounds)
+        assert backend.counters(engine)["rounds"] == len(rounds)
+        if 0 in verified and max(verified) > 0:
+            return
+    pytest.fail("no threshold cut some drafts to nothing and not others")
+
+
 WRONG = [
     ({"policy": "goodputt"}, "did you mean 'goodput'"),
     ({"policy": 3}, "policy is 3; expected str"),
