@@ -1,9 +1,10 @@
 """A free K = 0: steps that draft nothing run no draft forward, and the drafter's K/V catches up in one go.
 
-What the drafter would have been fed is kept, one row per request and step. It is replayed before the next forward of
-the drafter, and at the latest when it would no longer fit into one. Where prefixes are cached it is also replayed when
-a cache block's worth of steps has gathered, so that blocks which other requests find there hold the drafter's K/V too,
-but for the last rows of a request that ended meanwhile.
+What the drafter would have been fed is kept: one row per request and step, and of prompts all rows, as long as they
+fit. It is replayed before the next forward of the drafter, and at the latest when it would no longer fit into one.
+Where prefixes are cached it is also replayed when a cache block's worth of steps has gathered, so that blocks which
+other requests find there hold the drafter's K/V too, but for the last rows of a request that ended meanwhile; prompts,
+which others share, are then fed at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 class _Skipped:
     """One step without a draft forward: row numbers by request, and what the drafter missed."""
 
-    rows: dict[str, int]  # one and the same for successive steps of a batch
+    rows: dict[str, range]  # one and the same for successive steps of a batch
     tokens: torch.Tensor
     positions: torch.Tensor
     hidden: torch.Tensor | None
@@ -33,13 +34,28 @@ class CatchUp:
         self.steps: list[_Skipped] = []
         self.kept = 0  # rows, also of requests that are gone while others of their step are not
 
-    def skip(self, ids: Sequence[str], tokens: torch.Tensor, positions: torch.Tensor, hidden: Any) -> None:
-        """Keep a step's rows. The tensors are kept themselves: nothing may write into them any more."""
-        rows = self.steps[-1].rows if self.steps and len(self.steps[-1].tokens) == len(ids) else {}
-        if list(rows) != ids:  # nor if a request of them was forgotten: the others kept their row numbers
-            rows = {i: r for r, i in enumerate(ids)}
+    def skip(
+        self,
+        ids: Sequence[str],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: Any,
+        ends: Sequence[int] | None = None,
+    ) -> None:
+        """Keep a step's rows, up to `ends` for each request; one for each without that. The tensors are kept
+        themselves: nothing may write into them any more."""
+        if ends is not None:
+            rows = {i: range(start, end) for i, start, end in zip(ids, [0, *ends], ends, strict=False)}
+        else:
+            rows = self.steps[-1].rows if self.steps and len(self.steps[-1].tokens) == len(ids) else {}
+            if list(rows) != ids:  # nor if a request of them was forgotten: the others kept their row numbers
+                rows = {i: range(r, r + 1) for r, i in enumerate(ids)}
         self.steps.append(_Skipped(rows, tokens, positions, hidden))
-        self.kept += len(ids)
+        self.kept += len(tokens)
+
+    def takes(self, rows: int) -> bool:
+        """There is room for a step with prompts, and nobody else may want them."""
+        return not self.shared and bool(self.kept + rows <= self.proposer.max_num_tokens)
 
     def forget(self, ids: Iterable[str]) -> None:
         """These requests are gone, or will be prefilled anew."""
@@ -63,7 +79,7 @@ class CatchUp:
         missed = {  # request -> its rows among all that are kept
             request: rows
             for request, i in enumerate(ids)
-            if (rows := [before + step.rows[i] for step, before in steps if i in step.rows])
+            if (rows := [before + row for step, before in steps for row in step.rows.get(i, ())])
         }
         if not missed:
             return 0
@@ -100,6 +116,14 @@ class CatchUp:
             slot_mapping=blocks * size + positions % size,
             causal=True,
         )
+
+
+def shifted(tokens: torch.Tensor, following: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What a drafter reads beside the target's hidden states: the token after each row's own; `following` it is where
+    a request's rows end."""
+    after = tokens.roll(-1)
+    after[ends.long() - 1] = following.flatten().to(tokens.dtype)
+    return after
 
 
 def usable(runner: Any) -> bool:

@@ -47,16 +47,18 @@ class Fed(_StockSpeculator):  # type: ignore[misc]
         return int(self.max_num_reqs)
 
     def nwor_idle(self, batch: Any, k: int) -> bool:
-        """Nothing to draft, and nothing but one token of each request to feed the drafter."""
-        return (
-            self.nwor_catch_up is not None and k == 0 and batch.num_tokens == batch.num_reqs and not batch.has_prefill
-        )
+        """Nothing to draft, and nothing to feed the drafter but one token of each request, or prompts that can wait."""
+        if self.nwor_catch_up is None or k:
+            return False
+        whole = not batch.num_draft_tokens  # no row may turn out to be rejected
+        alone = batch.num_tokens == batch.num_reqs and not batch.has_prefill
+        return alone or (whole and self.nwor_catch_up.takes(batch.num_tokens))
 
     def nwor_skip(self: Any, batch: Any, tokens: torch.Tensor, hidden: torch.Tensor | None) -> int:
         """Keep what the drafter was not fed; the rows that had to be replayed at once."""
-        n, catch_up = batch.num_reqs, self.nwor_catch_up
-        kept = hidden[:n].clone() if hidden is not None and self.pass_hidden_states_to_model else None
-        catch_up.skip(batch.req_ids, tokens[:n].clone(), batch.positions[:n].clone(), kept)
+        n, catch_up = batch.num_tokens, self.nwor_catch_up
+        ends = batch.query_start_loc_np[1 : batch.num_reqs + 1].tolist() if n > batch.num_reqs else None
+        catch_up.skip(batch.req_ids, tokens[:n].clone(), batch.positions[:n].clone(), hidden, ends)
         return int(catch_up.replay(batch.req_ids, batch)) if catch_up.due else 0
 
     def nwor_replay(self: Any, batch: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nwor_vllm.plugin import compat
+from nwor_vllm.plugin.catch_up import shifted
 from nwor_vllm.plugin.catch_up_v2 import CatchUpV2, Fed, usable
 from nwor_vllm.plugin.messages import NO_ORDERS, DraftReport, Orders
 from nwor_vllm.plugin.v2_round import DraftRound
@@ -155,8 +156,13 @@ class ElasticTargetDependent(ElasticDrafter):
             return super().propose(*inputs, num_sampled, num_rejected, *args, **kwargs)
         n, k = input_batch.num_reqs, self.nwor_k(kwargs)
         if self.nwor_idle(input_batch, k):
-            hidden = torch.cat([h[:n] for h in aux_hidden_states], dim=-1) if aux_hidden_states else last_hidden_states
-            return self.nwor_pass(input_batch, args[0].view(-1)[input_batch.idx_mapping], hidden)
+            rows, of = input_batch.num_tokens, input_batch.idx_mapping
+            hidden = torch.cat([h[:rows] for h in aux_hidden_states or [last_hidden_states]], dim=-1)
+            tokens = args[0].view(-1)[of]
+            if rows > n or input_batch.has_prefill:
+                tokens = torch.where(num_sampled > 0, tokens, args[1].view(-1)[of])  # in the midst of a prompt
+                tokens = shifted(input_batch.input_ids[:rows], tokens, input_batch.query_start_loc[1 : n + 1])
+            return self.nwor_pass(input_batch, tokens, hidden)
         self.nwor_replay(input_batch)
         self.nwor_begin(input_batch, num_sampled, num_rejected, k)
         if self.nwor_pad_rejected is not None and self.pcp_manager is None:  # partitioned prefills have other slots

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from nwor_vllm.config import NworConfig, load
 from nwor_vllm.kernels import StopState
 from nwor_vllm.plugin import compat
-from nwor_vllm.plugin.catch_up import CatchUp, usable
+from nwor_vllm.plugin.catch_up import CatchUp, shifted, usable
 from nwor_vllm.plugin.draft_round import IDLE, DraftRound
 from nwor_vllm.plugin.drafter_v1 import elastic
 from nwor_vllm.plugin.graph_memory import GraphMemory
@@ -42,7 +43,7 @@ class ElasticRunner(GraphMemory):
 
     def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self.nwor_catch_up is not None and self.nwor_idle(scheduler_output):
-            return self.nwor_skip(*args)
+            return self.nwor_skip(scheduler_output, *args)
         ids, k = list(self.input_batch.req_ids), scheduler_output.num_spec_tokens_to_schedule
         orders = orders_of(scheduler_output)
         held = self.use_async_scheduling
@@ -65,15 +66,19 @@ class ElasticRunner(GraphMemory):
         return drafts
 
     def nwor_idle(self, step: Any) -> bool:
-        """Nothing to draft, and nothing but one token of each request to feed the drafter."""
-        requests = len(step.num_scheduled_tokens)
-        return bool(step.num_spec_tokens_to_schedule == 0 and step.total_num_scheduled_tokens == requests)
+        """Nothing to draft, and nothing to feed the drafter but one token of each request, or prompts that can wait."""
+        if step.num_spec_tokens_to_schedule:
+            return False
+        rows = step.total_num_scheduled_tokens
+        whole = not step.scheduled_spec_decode_tokens  # no row may turn out to be rejected
+        return bool(rows == len(step.num_scheduled_tokens) or (whole and self.nwor_catch_up.takes(rows)))
 
-    def nwor_skip(self, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> Any:
+    def nwor_skip(self, step: Any, sampled: Any, _: Any, hidden: Any, __: Any, aux: Any, *rest: Any) -> Any:
         """What is left of a drafting when nothing is drafted: the sampled tokens, for the steps to come."""
         # Every tensor operation counts here: away from the model's loops one costs several times what it does in them.
         ids, drafter, catch_up = self.input_batch.req_ids, self.drafter, self.nwor_catch_up
-        n, tokens, counts = len(ids), sampled, None
+        n, rows, tokens, counts = len(ids), step.total_num_scheduled_tokens, sampled, None
+        ends = None if rows == n else [*itertools.accumulate(step.num_scheduled_tokens[i] for i in ids)]
         if True in self.discard_request_mask.np[:n].tolist():
             tokens, counts = drafter.prepare_next_token_ids_padded(
                 sampled, self.requests, self.input_batch, self.discard_request_mask.gpu
@@ -82,12 +87,15 @@ class ElasticRunner(GraphMemory):
             counts = torch.ones_like(tokens[:, 0]) if counts is None else counts  # one valid token each
             self._copy_valid_sampled_token_count(tokens.flatten(), counts)
         if not drafter.pass_hidden_states_to_model:
-            tokens, hidden = self.input_ids.gpu[:n].clone(), None
-        elif self.use_aux_hidden_state_outputs:
-            hidden = torch.cat([h[:n] for h in aux], dim=-1)
-        elif len(hidden) > n or not drafter.nwor_host:  # a CUDA graph's next replay writes into it
-            hidden = hidden[:n].clone()
-        catch_up.skip(ids, tokens, self._get_positions(n).clone(), hidden)
+            tokens, hidden = self.input_ids.gpu[:rows].clone(), None
+        elif ends is not None:
+            tokens = shifted(self.input_ids.gpu[:rows], tokens, rest[-2].query_start_loc[1 : n + 1])
+        if hidden is not None:
+            if self.use_aux_hidden_state_outputs:
+                hidden = torch.cat([h[:rows] for h in aux], dim=-1)
+            elif len(hidden) > rows or not drafter.nwor_host:  # a CUDA graph's next replay writes into it
+                hidden = hidden[:rows].clone()
+        catch_up.skip(ids, tokens, self._get_positions(rows).clone(), hidden, ends)
         self.nwor_last = SKIPPED
         if catch_up.due:
             self.nwor_replay(ids, rest[-2])

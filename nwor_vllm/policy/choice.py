@@ -62,13 +62,14 @@ class Chooser:
 
     def _pick(self, n: int, tokens: Floats, seconds: Floats, trust: Floats) -> Choice:
         """The best of these. Prompts take steps of their own, as long as those with rounds: where a text is few rounds
-        long, long steps cost more than their tokens per second say."""
-        overhead = self.walkers.overhead / n
-        own = int((tokens / (seconds * (1.0 + overhead * tokens))).argmax())
+        long, long steps cost more than their tokens per second say. And a drafter that drafts must read them."""
+        overhead, reading = self.walkers.overhead / n, self.walkers.fed * self.cost.prompt_token * (self.lengths > 0)
+        own = int((tokens / (seconds * (1.0 + overhead * tokens) + reading * tokens)).argmax())
         tokens = tokens * self.walkers.gain
         rates, burden = tokens / seconds, 1.0 + overhead * tokens
-        taken = trust * rates / burden
+        taken = trust * rates / (burden + reading * rates)
         best = int(taken.argmax())
         rate, zero = float(rates.flat[best]), float(rates.flat[0])
+        zero *= 1.0 + float(reading[best % len(reading)]) * rate
         taken = taken.reshape(-1, len(self.lengths)).max(axis=0) / taken.flat[best]
         return Choice(best, own, rate, rate * float(burden.flat[best]), zero / rate, taken)

@@ -1,9 +1,9 @@
 """What a step takes: learnt online from step times, believed only where it was seen, monotone in what is asked of it.
 
 seconds = w . (1, requests, draft steps, draft steps x requests, any draft at all, context, judged draft steps, judged
-x requests, any draft to verify, any prefill, its tokens, hinges of the verified tokens) with w >= 0, so monotone, and
-convex in the tokens as rooflines are; times, where nothing is prefilled, a correction per size bucket of the verified
-tokens (`sizes.py`).
+x requests, any draft to verify, any prefill, its tokens, those that a drafter reads too, hinges of the verified tokens)
+with w >= 0, so monotone, and convex in the tokens as rooflines are; times, where nothing is prefilled, a correction per
+size bucket of the verified tokens (`sizes.py`).
 Directions that the traffic does not excite stay at the prior (one draft length at one batch size cannot tell
 verification from drafting; a ridge can). What was learnt walks at random from then on: it is doubted more with every
 step, believed until something newer says otherwise, and then soon replaced. Residuals are clipped, so that a suspended
@@ -25,13 +25,30 @@ from nwor_vllm.policy.stop import Floats
 HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
 PRIOR_SHARES = np.array(
-    [1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.02, 0.02, 0.005, 0.0005, *[0.0001] * (len(HINGES) - 1)]
+    [
+        1.0,
+        0.004,
+        0.08,
+        0.001,
+        0.02,
+        0.001,
+        0.002,
+        0.0001,
+        0.02,
+        0.02,
+        0.005,
+        0.0005,
+        0.0005,
+        *[0.0001] * len(HINGES[1:]),
+    ]
 )
 SIZE = len(PRIOR_SHARES)
-DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY, PREFILL, PREFILL_TOKENS, TOKENS = range(2, 12)
+DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY = range(2, 9)
+PREFILL, PREFILL_TOKENS, PREFILL_DRAFT, TOKENS = range(9, 13)
 # The prior's standard deviation over the weight: judging and tokens cost next to nothing on a GPU, much on a CPU.
 PRIOR_WIDTH = np.array([1.0] * JUDGED + [10.0] * (SIZE - JUDGED))
 PRIOR_WIDTH[ANY] = 10.0  # steps without any draft take another path, on some engines a much shorter one
+PRIOR_WIDTH[PREFILL_DRAFT] = 30.0  # where all steps draft, a tenth of what prompts cost is taken for the drafter's
 RIDGE = 1.0 / PRIOR_WIDTH**2
 NOISE = 0.05  # least relative noise of a step time
 EARLY = 0.25  # of the first step of a large batch; steps of one request are many, and soon outvote a bad first one
@@ -66,7 +83,7 @@ def features(
     x[:, 0], x[:, 1], x[:, DRAFT], x[:, DRAFT_REQUEST] = 1.0, requests, steps, steps * requests
     x[:, ANY], x[:, CONTEXT] = steps > 0, context / 1024.0
     x[:, JUDGED], x[:, JUDGED_REQUEST], x[:, VERIFY] = judged, judged * requests, verified > requests
-    x[:, PREFILL], x[:, PREFILL_TOKENS] = prefill > 0, prefill
+    x[:, PREFILL], x[:, PREFILL_TOKENS], x[:, PREFILL_DRAFT] = prefill > 0, prefill, prefill * (steps > 0)
     np.maximum(verified[:, None] - HINGES, 0.0, out=x[:, TOKENS:])
     return x
 
@@ -118,10 +135,15 @@ class Cost:
         self.weights, self._terms = weights, weights.tolist()
         self._heights = BENDS @ weights[TOKENS:]
 
-    def prefill(self, tokens: Floats) -> Floats:
-        """Seconds that prompts take beside the rounds of their steps."""
+    def prefill(self, tokens: Floats, drafting: Any) -> Floats:
+        """Seconds that prompts take beside the rounds of their steps; where these draft, the drafter reads them too."""
         w = self._terms
-        return np.asarray(w[PREFILL] * (tokens > 0) + w[PREFILL_TOKENS] * tokens)
+        return np.asarray(w[PREFILL] * (tokens > 0) + (w[PREFILL_TOKENS] + w[PREFILL_DRAFT] * drafting) * tokens)
+
+    @property
+    def prompt_token(self) -> float:
+        """Seconds in which the drafter reads one."""
+        return float(self._terms[PREFILL_DRAFT])
 
     def draft_step(self, requests: float) -> float:
         """Seconds of one more draft step, judged."""

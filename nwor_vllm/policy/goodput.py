@@ -229,6 +229,7 @@ class Goodput:
         """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
         seen, self._pending, self._decided = self._pending, [], None
         self.walkers.prompts += sum([s.step.prompts for s in seen])
+        self.walkers.prompt_tokens += sum([s.step.prefill_tokens for s in seen])
         before = [self.drafted, *(s.step.draft_steps > 0 for s in seen)]
         self.drafted = before[-1]
         # The first draft after a pause also feeds the drafter what it missed.

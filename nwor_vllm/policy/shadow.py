@@ -22,7 +22,7 @@ from nwor_vllm.policy.stop import Floats, Ints
 
 MEMORY = 1000.0  # rounds behind `gain`
 PRIOR_ROUNDS = 10.0  # at which half of it is believed
-NUMBERS = ("begun", "prompts", "over", "tokens", "count", "waits")
+NUMBERS = ("begun", "prompts", "prompt_tokens", "over", "tokens", "count", "waits")
 
 
 class Compared(NamedTuple):
@@ -46,7 +46,9 @@ class Walkers:
         self.part: Floats = np.zeros((START, len(rungs) + 1))  # of that round, as counted
         self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
         self.ended: Floats = np.zeros(len(rungs) + 1)  # the rest of the rounds that requests were in at their ends
-        self.begun = self.prompts = 0  # requests, and the steps that they spent in their prompts
+        self.begun = self.prompts = self.prompt_tokens = (
+            0  # requests, the steps that they spent in their prompts, these
+        )
         self.over = 0  # requests that have ended since the last walk
         self.tokens = self.count = 0.0  # discounted: what was walked, and the rounds that did
         self.waits = 0.0  # and the steps that those who ended had spent in their prompts
@@ -82,6 +84,11 @@ class Walkers:
     def overhead(self) -> float:
         """Steps without a round that come with each token: the more a round brings, the more of the time they are."""
         return self.waits / self.tokens if self.tokens else 0.0
+
+    @property
+    def fed(self) -> float:
+        """Prompt tokens that come with each token."""
+        return self.overhead * self.prompt_tokens / self.prompts if self.prompts else 0.0
 
     def waited(self, stride: int) -> float:
         """Steps in their prompts of those requests, of which one in `stride` is walked, that have ended."""
@@ -184,7 +191,7 @@ def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost
     whole = np.array([len(s.step.rounds) == s.step.requests for s in seen])
     n = np.diff(batch.starts).astype(float)
     timed = np.array([s.timed() for s in seen], float)
-    context, measured, beside = timed[:, 4], timed[:, 5], cost.prefill(timed[:, 6])
+    context, measured = timed[:, 4], timed[:, 5]
     # A column for every rung, one for the plain plan, one for what was run.
     requests, verified, drafts, judged = np.zeros((4, len(seen), len(rungs) + 2))
     requests[:, :-1], requests[:, -1] = n[:, None], timed[:, 0]
@@ -193,8 +200,9 @@ def compare(seen: Sequence[Seen], batch: Batch, share: Floats, rungs: Ints, cost
     verified[:, -2] = n + np.add.reduceat(batch.plain, batch.starts[:-1])
     verified[:, -1], judged[:, -1] = timed[:, 1], timed[:, 3]
     predicted = cost.predict(requests, verified, drafts, context[:, None], judged)
-    step, expected = predicted[:, :-1], predicted[:, -1] + beside
+    beside = cost.prefill(timed[:, 6:], drafts > 0)
+    step, expected = predicted[:, :-1], predicted[:, -1] + beside[:, -1]
     measured = np.where(measured > 0, measured, expected)  # NaN too
     seconds = np.minimum(np.maximum(measured, 0.5 * expected), 2.0 * expected)
     tokens = n + np.add.reduceat(batch.accepted, batch.starts[:-1])
-    return Compared(tokens[whole], seconds[whole], (step * share + beside[:, None])[whole], np.flatnonzero(whole))
+    return Compared(tokens[whole], seconds[whole], (step * share + beside[:, :-1])[whole], np.flatnonzero(whole))

@@ -19,8 +19,8 @@ K, MAX_TOKENS = 5, 16
 ASK = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
 SMALL = {"max_model_len": 192, "max_num_seqs": 4, "block_size": 32}
 SCENES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "chunked prefill": {"max_num_batched_tokens": 32},
+    "plain": {"enable_prefix_caching": False},
+    "chunked prefill": {"enable_prefix_caching": False, "max_num_batched_tokens": 64},
     "prefix cache": {"enable_prefix_caching": True},
     "preemption": {"num_gpu_blocks_override": 8},
 }
@@ -112,8 +112,8 @@ def _no_number(llm: Any, prompts: list[tuple[int, ...]], truth: list[tuple[int, 
 
 
 def _pause(llm: Any, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Drafting pauses for some steps: the drafter fed afterwards, fed at every step, and not fed what it missed."""
-    drafter, pauses, long = _runner(llm).speculator, range(2, 12), 26
+    """Drafting pauses for some steps, those with the prompts too: the drafter fed afterwards, fed at every step, and not fed what it missed."""
+    drafter, pauses, long = _runner(llm).speculator, [0, 1, *range(4, 14)], 26
     catch_up = drafter.nwor_catch_up
     tokens, counts = decode(llm, prompts, pauses, long)
     drafter.nwor_catch_up = None

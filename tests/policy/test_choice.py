@@ -53,6 +53,28 @@ def test_steps_of_prompts_make_long_drafts_dearer() -> None:
     assert rates[found.best] > 0.99 * max(rates)
 
 
+def test_a_drafter_must_read_the_prompts_and_zero_need_not() -> None:
+    chooser = build()
+    assert chosen(chooser, 0.35) > 0
+    chooser.walkers.tokens, chooser.walkers.waits = 800.0, 20.0
+    chooser.walkers.prompts, chooser.walkers.prompt_tokens = 20, 2000
+    assert chooser.walkers.fed == pytest.approx(2.5)
+    cost = chooser.cost
+    for i in range(400):
+        k, prompt = (0, 2)[i % 2], 60 * (i % 4 < 2)
+        cost.observe([Timed(1, 1 + k, k, 0, 0, BASE + DRAFT * k + (1e-4 + 8e-4 * (k > 0)) * prompt, prompt)])
+    assert cost.prompt_token == pytest.approx(8e-4, rel=0.2)
+    found = chooser.choose(survival(0.35), 0, False, 99.0, 0.0, 1.0)
+    assert found.best == 0
+    assert found.zero == 1.0
+    assert chosen(chooser, 0.9) > 1  # what is fixed does not make good drafts shorter
+    free = chooser.choose(survival(0.9), 0, False, 99.0, 0.0, 1.0)
+    chooser.walkers.prompt_tokens = 0
+    found = chooser.choose(survival(0.9), 0, False, 99.0, 0.0, 1.0)
+    assert found.best == free.best
+    assert free.zero == pytest.approx(found.zero * (1.0 + 2.5 * cost.prompt_token * found.rate))
+
+
 def test_zero_is_doubted_by_what_drafts_would_bring_and_by_what_judging_gains() -> None:
     chooser = build()
     assert chosen(chooser, 0.12) == 0

@@ -94,6 +94,20 @@ def test_steps_beside_a_prefill_tell_what_drafting_costs() -> None:
     assert got == pytest.approx([linear(8, 16, 1), linear(8, 48, 5)], rel=0.05)
 
 
+@pytest.mark.parametrize("zeros", [0, 20])
+def test_what_a_drafter_takes_to_read_prompts_is_told_by_steps_without_drafts(zeros: int) -> None:
+    """Steps that draft nothing let it wait. Where there are none, a tenth of what prompts cost is taken for it."""
+    rng, cost = np.random.default_rng(0), Cost()
+    for i in range(400):
+        k, prompt = 3 if not zeros or i % zeros else 0, (60 + i % 80) * (i % 3 > 0)
+        seconds = linear(8, 8 * (1 + k), k) + (5e-5 + 2e-5 * (k > 0)) * prompt
+        cost.observe([Timed(8, 8 * (1 + k), k, 0, 0, seconds * math.exp(0.03 * rng.normal()), prompt)])
+    assert cost.prompt_token == pytest.approx(2e-5, rel=0.4) if zeros else 2e-6 < cost.prompt_token < 1.5e-5
+    got = cost.prefill(np.full(2, 100.0), np.array([False, True]))
+    assert got[1] == pytest.approx(7e-3, rel=0.15)
+    assert got[1] - got[0] == pytest.approx(100 * cost.prompt_token)
+
+
 def test_the_path_without_any_verification_is_a_step_of_its_own() -> None:
     rng, cost = np.random.default_rng(0), Cost()
     for i in range(400):
