@@ -171,11 +171,11 @@ def test_a_draft_that_came_to_nothing_is_a_round_too(engine, token_prompts, monk
     """Without those the others would say that all drafts are as good as theirs."""
     from nwor_vllm.bench.backends import vllm as backend
 
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     for threshold in (0.02, 0.1, 0.5):  # the drafter is not sure of much
         backend.switch(engine, {"policy": "fixed", "early_exit": {"threshold": threshold, "min_survival": 0.0}})
-        scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-        seen, observe = [], scheduler.nwor_policy.observe
-        monkeypatch.setattr(scheduler.nwor_policy, "observe", lambda step: seen.append(step) or observe(step))
+        seen = []
+        monkeypatch.setattr(scheduler.nwor_policy, "observe", seen.append)
         backend.generate(engine, token_prompts, **GREEDY)
         monkeypatch.undo()
         rounds = [r for step in seen for r in step.rounds]

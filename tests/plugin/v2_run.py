@@ -112,7 +112,7 @@ def _no_number(llm: Any, prompts: list[tuple[int, ...]], truth: list[tuple[int, 
 
 
 def _pause(llm: Any, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Drafting pauses for some steps, those with the prompts too: the drafter fed afterwards, fed at every step, and not fed what it missed."""
+    """Drafting pauses, while prompts come too: the drafter fed afterwards, at every step, and not what it missed."""
     drafter, pauses, long = _runner(llm).speculator, [0, 1, *range(4, 14)], 26
     catch_up = drafter.nwor_catch_up
     tokens, counts = decode(llm, prompts, pauses, long)
