@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -62,6 +62,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         self.nwor_counters = Counters(*row_bytes(self.kv_cache_config, self.vllm_config))
         self.nwor_plan = Plan(self.nwor_k_max)
         self.nwor_drafted: dict[str, _Drafted] = {}
+        self.nwor_asked = 0  # the drafter's last order
         self.nwor_requests = RequestCounts()
         self.nwor_rounds: list[Round] = []
         self.nwor_started = self.nwor_ended = time.perf_counter()
@@ -154,11 +155,12 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def nwor_unverified(self, step: Any) -> list[Round]:
         """Rounds of those whose draft came to nothing: vLLM has no numbers for them, and without them the others' would
-        say that all drafts are as good as theirs."""
-        tokens, drafts = step.num_scheduled_tokens, step.scheduled_spec_decode_tokens
+        say that all drafts are as good as theirs. Some drafters do not say how long theirs were."""
+        tokens, drafts, ours = step.num_scheduled_tokens, step.scheduled_spec_decode_tokens, self.nwor_drafted
+        asked: Iterable[str] = ours or (tokens if self.nwor_asked else ())
         return [
-            Round(i, draft.drafted, 0, 0, draft.confidence)
-            for i, draft in self.nwor_drafted.items()
+            Round(i, ours[i].drafted, 0, 0, ours[i].confidence) if ours else Round(i, 0, 0, 0)
+            for i in asked
             if tokens.get(i) == 1 and not drafts.get(i) and i in self.requests
         ]
 
@@ -211,6 +213,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         seen = measured if within is self.nwor_rounds else dataclasses.replace(measured, rounds=within)
         self.nwor_policy.observe(seen)
         self.nwor_thought = time.perf_counter() - now
+        self.nwor_asked = k
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset
             self.nwor_counters.step(measured, thought)

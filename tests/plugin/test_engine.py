@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,6 +190,18 @@ def test_a_draft_that_came_to_nothing_is_a_round_too(engine, token_prompts, monk
         if 0 in verified and max(verified) > 0:
             return
     pytest.fail("no threshold cut some drafts to nothing and not others")
+
+
+@pytest.mark.parametrize("asked", [0, 3])
+def test_a_drafter_that_says_nothing_may_have_proposed_nothing(asked):
+    """n-grams that were not found: who decoded without drafts, although some were asked for, had a round."""
+    from nwor_vllm.plugin.scheduler import Elastic
+    from nwor_vllm.policy import Round
+
+    scheduler = SimpleNamespace(nwor_drafted={}, nwor_asked=asked, requests={"none", "some", "prompt"})
+    tokens, drafts = {"none": 1, "some": 4, "prompt": 30, "gone": 1}, {"some": [5, 6, 7]}
+    step = SimpleNamespace(num_scheduled_tokens=tokens, scheduled_spec_decode_tokens=drafts)
+    assert Elastic.nwor_unverified(scheduler, step) == ([Round("none", 0, 0, 0)] if asked else [])
 
 
 WRONG = [
