@@ -24,24 +24,8 @@ from nwor_vllm.policy.stop import Floats
 
 HINGES = np.array([0.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0, 320.0, 384.0, 512.0])
 # Shares of a step before anything is known: a large target, a drafter of a tenth of it, verification almost free.
-PRIOR_SHARES = np.array(
-    [
-        1.0,
-        0.004,
-        0.08,
-        0.001,
-        0.02,
-        0.001,
-        0.002,
-        0.0001,
-        0.02,
-        0.02,
-        0.005,
-        0.0005,
-        0.0005,
-        *[0.0001] * len(HINGES[1:]),
-    ]
-)
+PRIOR_SHARES = np.full(12 + len(HINGES), 0.0001)
+PRIOR_SHARES[:13] = 1.0, 0.004, 0.08, 0.001, 0.02, 0.001, 0.002, 0.0001, 0.02, 0.02, 0.005, 0.0005, 0.0005
 SIZE = len(PRIOR_SHARES)
 DRAFT, DRAFT_REQUEST, ANY, CONTEXT, JUDGED, JUDGED_REQUEST, VERIFY = range(2, 9)
 PREFILL, PREFILL_TOKENS, PREFILL_DRAFT, TOKENS = range(9, 13)

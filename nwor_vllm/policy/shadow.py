@@ -46,9 +46,8 @@ class Walkers:
         self.part: Floats = np.zeros((START, len(rungs) + 1))  # of that round, as counted
         self.owed: Floats = np.zeros(START)  # hard tokens that were likely but not counted yet
         self.ended: Floats = np.zeros(len(rungs) + 1)  # the rest of the rounds that requests were in at their ends
-        self.begun = self.prompts = self.prompt_tokens = (
-            0  # requests, the steps that they spent in their prompts, these
-        )
+        self.begun = self.prompts = 0  # requests, and the steps that they spent in their prompts
+        self.prompt_tokens = 0  # that these steps computed
         self.over = 0  # requests that have ended since the last walk
         self.tokens = self.count = 0.0  # discounted: what was walked, and the rounds that did
         self.waits = 0.0  # and the steps that those who ended had spent in their prompts
