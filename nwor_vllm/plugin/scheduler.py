@@ -147,10 +147,10 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             for request_id, n in report.cut.items():
                 invalid[request_id] = max(invalid.get(request_id, 0), n)
             scheduler_output.num_invalid_spec_tokens = invalid
-        self.nwor_rounds = self.nwor_unverified(scheduler_output)
+        self.nwor_rounds, unverified = [], self.nwor_unverified(scheduler_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
-            self.nwor_observe(scheduler_output, report, self.nwor_within(outputs))
+            self.nwor_observe(scheduler_output, report, [*self.nwor_within(outputs), *unverified])
         return outputs
 
     def nwor_unverified(self, step: Any) -> list[Round]:
@@ -182,7 +182,8 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
                 rounds[i] = done._replace(verified=min(done.verified, last), accepted=last)
         return rounds
 
-    def nwor_observe(self, step: Any, report: DraftReport | None, within: list[Round]) -> None:
+    def nwor_observe(self, step: Any, report: DraftReport | None, rounds: list[Round]) -> None:
+        """`rounds`: what the policy sees of them. The counters have vLLM's."""
         now = time.perf_counter()
         start = self.nwor_ended if self.nwor_busy else max(self.nwor_ended, self.nwor_started)
         self.nwor_ended, self.nwor_busy = now, bool(self.running)
@@ -210,7 +211,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             judged_steps=draft_steps if report is not None and report.confidence else 0,
             prompts=len(tokens) - decoding,
         )
-        seen = measured if within is self.nwor_rounds else dataclasses.replace(measured, rounds=within)
+        seen = measured if rounds == self.nwor_rounds else dataclasses.replace(measured, rounds=rounds)
         self.nwor_policy.observe(seen)
         self.nwor_thought = time.perf_counter() - now
         self.nwor_asked = k
