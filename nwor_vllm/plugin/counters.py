@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nwor_vllm.plugin.messages import DraftReport
 from nwor_vllm.policy import Round, Step
+
+LATER = 512  # rounds that are counted in one go: a few at a time, out of a cold cache, take several times as long
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Counters:
     step_seconds: float = 0.0
     length_histogram: Counter[int] = field(default_factory=Counter)  # planned draft length -> steps
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (verified, accepted) -> rounds
+    rounds: list[Round] = field(default_factory=list)  # not counted yet
     number: int = field(default_factory=itertools.count().__next__)  # a step counts where it was planned
 
     def report(self, report: DraftReport, skipped_rows: int, caps: Mapping[str, int]) -> None:
@@ -49,12 +52,18 @@ class Counters:
         self.target_rows_written += step.verified_tokens + step.prefill_tokens
         if step.seconds > 0:
             self.step_seconds += step.seconds + thought
-        for r in step.rounds:
-            self.drafted += r.drafted
-            self.outcomes[r.verified, r.accepted] += 1
+        self.rounds += step.rounds
+        if len(self.rounds) >= LATER:
+            self._count()
+
+    def _count(self) -> None:
+        self.drafted += sum([r.drafted for r in self.rounds])
+        self.outcomes.update([(r.verified, r.accepted) for r in self.rounds])
+        self.rounds.clear()
 
     def snapshot(self) -> dict[str, Any]:
         """Plain types. The keys are the metrics' names without `nwor_`."""
+        self._count()
         verified: Counter[int] = Counter()  # length -> rounds
         accepted: Counter[int] = Counter()
         for (v, a), n in self.outcomes.items():
@@ -87,19 +96,28 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self.requests: OrderedDict[str, list[int]] = OrderedDict()  # rounds, drafted, verified, accepted
+        self.rounds: list[Round] = []  # not counted yet
 
-    def add(self, r: Round) -> None:
-        counts = self.requests.get(r.request_id)
-        if counts is None:
-            counts = self.requests[r.request_id] = [0, 0, 0, 0]
-            if len(self.requests) > self.KEPT:
-                self.requests.popitem(last=False)
-        counts[0] += 1
-        counts[1] += r.drafted
-        counts[2] += r.verified
-        counts[3] += r.accepted
+    def add(self, rounds: Sequence[Round]) -> None:
+        self.rounds += rounds
+        if len(self.rounds) >= LATER:
+            self._count()
+
+    def _count(self) -> None:
+        for r in self.rounds:
+            counts = self.requests.get(r.request_id)
+            if counts is None:
+                counts = self.requests[r.request_id] = [0, 0, 0, 0]
+                if len(self.requests) > self.KEPT:
+                    self.requests.popitem(last=False)
+            counts[0] += 1
+            counts[1] += r.drafted
+            counts[2] += r.verified
+            counts[3] += r.accepted
+        self.rounds.clear()
 
     def snapshot(self) -> dict[str, dict[str, int]]:
+        self._count()
         names = ("rounds", "drafted", "verified", "accepted")
         return {i: dict(zip(names, counts, strict=True)) for i, counts in self.requests.items()}
 

@@ -218,8 +218,7 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
         skipped = self.nwor_take(report) if report is not None else 0
         if step.nwor_counted == self.nwor_counters.number:  # not in flight when the counters were reset
             self.nwor_counters.step(measured, thought)
-            for done in self.nwor_rounds:
-                self.nwor_requests.add(done)
+            self.nwor_requests.add(self.nwor_rounds)
             if report is not None:
                 self.nwor_counters.report(report, skipped, orders_of(step).caps)
         if self.nwor_publisher.due(self.nwor_busy):

@@ -34,14 +34,13 @@ from nwor_vllm.policy.visits import Visits
 SURE_STEPS = 16  # after which it is known what the drafter's confidence is worth
 NEW = 8  # a lesson waits until one in so many steps is new: it costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
-DOUBT, DOUBTFUL = 0.15, 32  # by how much zero must be better at first, and in how many steps with drafts that halves
-STALE = 256.0  # steps at zero in which that comes back: what drafts cost is not seen there
+DOUBT, DOUBTFUL = 0.15, 32  # by how much zero must be better for one request at first; steps with drafts that halve it
 HOPE = 1.0  # standard deviations by which drafts of one request must be worse than zero
 MAYBE = 3.0  # and by which a length may be cheaper than believed
-DRIFT = 2  # a decision stands until one in so many requests has come or gone
+DRIFT = 2  # a decision stands until one in so many requests is another
 BOLD, UNSEEN = 2, 8  # no plan has more than twice the most verified tokens yet; what counts as seen at the start
 FEW = 48  # requests whose common depth differs from step to step
-SCALARS = ("steps", "drafted", "awake", "fresh", "sees_confidence", "honoured", "rate", "ratio", "zero", "widest")
+SCALARS = ("steps", "drafted", "awake", "shown", "sees_confidence", "honoured", "rate", "ratio", "zero", "widest")
 PARTS = ("slots", "cost", "guard", "judging", "survival", "calibration", "price", "walkers", "visits")
 
 
@@ -85,7 +84,7 @@ class Goodput:
         self.calibration = Calibration(max(1, self.k_max), 0.5 * params.spread, params.keep, params.memory)
         self.steps = 0
         self.awake = 0  # steps since zero was the best length
-        self.fresh = 0.0  # steps that have shown what drafts cost, and are not long ago
+        self.shown = 0  # steps that have shown what drafts cost
         self.drafted = True  # in the step before those that are still to be learnt from
         self.sees_confidence = False  # the drafter shows it
         self.honoured = 0.6  # how far the drafter really ends when the rule says so: believed once, then judged
@@ -127,7 +126,8 @@ class Goodput:
 
     def _meet(self, requests: Sequence[str]) -> None:
         """Others than a plan was last asked for, or in another order."""
-        self._others += len(set(self._asked).symmetric_difference(requests))
+        stay = len(set(self._asked).intersection(requests))
+        self._others += max(len(self._asked), len(requests)) - stay
         self._asked, self._where, self._moved = list(requests), self._rows(requests), False
 
     def _decide(self, requests: list[str], context: int) -> tuple[Plan, Plan]:
@@ -159,11 +159,11 @@ class Goodput:
         survival = np.multiply.accumulate(self.survival.hazards(rows, hope), axis=1)
         most = BOLD * max(self.widest, 3 * len(rows), UNSEEN)
         trims, advantage = self.params.per_request, self.judging.advantage
-        return survival, self.chooser.choose(survival, context, trims, most, self._doubt(), advantage)
+        return survival, self.chooser.choose(survival, context, trims, most, self._doubt(len(rows)), advantage)
 
-    def _doubt(self) -> float:
+    def _doubt(self, requests: int) -> float:
         """The way back from zero is long: no first impression of the cost of good drafts leads there."""
-        return DOUBT * DOUBTFUL / (self.fresh + DOUBTFUL)
+        return DOUBT / math.sqrt(requests) * DOUBTFUL / (self.shown + DOUBTFUL)
 
     def _caps(self, requests: list[str], survival: Floats, k: int, price: float) -> dict[str, int]:
         if not self.params.per_request:
@@ -204,11 +204,16 @@ class Goodput:
 
     def _promising(self) -> int | None:
         """A length that is the best one if what it costs is believed too high, as well it may be."""
-        if self.params.confidence and self.sees_confidence and self.judging.on:  # drafts end by the rule
-            return None
         (n, context), lengths = self._load, self.chooser.lengths
+        rivals = self._rates < 1.0
+        if n == 1:  # one request is often hard for a while
+            rivals &= lengths > 0
+        if self.params.confidence and self.sees_confidence and self.judging.on:  # drafts end by the rule
+            rivals &= lengths == 0
+        if not rivals.any():
+            return None
         doubt = self.cost.doubt(n, n * (1.0 + lengths), lengths, context)
-        rates = np.where((lengths == 0) | (self._rates >= 1.0), 0.0, self._rates * np.exp(MAYBE * doubt))
+        rates = np.where(rivals, self._rates * np.exp(MAYBE * doubt), 0.0)
         best = int(rates.argmax())
         return self.ladder[best] if rates[best] > 1.0 else None
 
@@ -218,7 +223,7 @@ class Goodput:
         self.steps += 1
         fresh = self.visits.done(step.k)
         self.widest = max(self.widest, step.verified_tokens)
-        self.fresh = min(self.fresh + 1.0, 4 * STALE) if step.draft_steps else self.fresh * (1.0 - 1.0 / STALE)
+        self.shown += step.draft_steps > 0
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
         soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else LEARN_EVERY

@@ -92,8 +92,8 @@ class Effects:
             self.var = np.concatenate([self.var, np.full(grow, self.prior)])
 
     def reset(self, rows: Sequence[int]) -> None:
-        self.mean[rows] = 0.0
-        self.var[rows] = self.prior
+        for row in rows:  # one, mostly
+            self.mean[row], self.var[row] = 0.0, self.prior
 
     def end(self, rows: Sequence[int]) -> None:
         """These requests are over: their own offsets, less what luck would make of them, tell how requests differ."""

@@ -63,9 +63,8 @@ class Walkers:
             self.owed = np.concatenate([self.owed, np.zeros(grow)])
 
     def reset(self, rows: Sequence[int]) -> None:
-        self.at[rows] = 0
-        self.part[rows] = 0.0
-        self.owed[rows] = 0.0
+        for row in rows:  # one, mostly
+            self.at[row], self.part[row], self.owed[row] = 0, 0.0, 0.0
 
     def end(self, rows: Sequence[int]) -> None:
         """The requests of `rows` are over: so are the rounds they were in."""

@@ -15,6 +15,7 @@ MAX_WAIT = 256  # steps between visits, at last
 LOOK = 23  # steps between looks for one that may be better than believed
 NEAR = 0.6  # zero's rate over the best one's, beyond which it is worth a look
 WORTH = 0.0  # log-odds of a first draft that make a probe's second step worth while
+NOTHING = 1  # more steps of a visit to zero: the first one still verifies the drafts of the step before
 PROBED = 16  # requests that draft in a probe from zero
 MANY, IN_A_ROW = 64, 4  # requests that make visits so many steps long
 FIELDS = ("idle", "idle_wait", "again", "awake", "at", "wait", "number", "look_at", "length", "left", "tells")
@@ -61,7 +62,10 @@ class Visits:
         if step < self.look_at:
             return None
         self.look_at = step + LOOK
-        return promising()
+        length = promising()
+        if length == 0:
+            self.length, self.left = 0, NOTHING
+        return length
 
     def _visit(self, k: int, step: int, zero: float, requests: int) -> int:
         """None; long drafts of which little is verified, as the slots of equal drafts never show what a slot costs; one
@@ -81,9 +85,8 @@ class Visits:
             self.wait = min(2 * self.wait, MAX_WAIT)
         self.length, verified = turns[turn]
         self.cap = verified if verified < self.length else None
-        # The first step without drafts still verifies those of the step before.
         self.tells = self.length > 0 and self.cap is None and requests >= MANY
-        self.left = 1 if self.length == 0 else IN_A_ROW - 1 if self.tells else 0
+        self.left = NOTHING if self.length == 0 else IN_A_ROW - 1 if self.tells else 0
         return self.length
 
     def caps(self, requests: Sequence[str]) -> dict[str, int]:

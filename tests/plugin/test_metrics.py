@@ -51,8 +51,8 @@ def test_requests_are_bounded(monkeypatch):
     monkeypatch.setattr(RequestCounts, "KEPT", 3)
     counts = RequestCounts()
     for index in range(10):
-        counts.add(Round(f"r{index}", 2, 2, 1))
-    counts.add(Round("r9", 2, 1, 1))
+        counts.add([Round(f"r{index}", 2, 2, 1)])
+    counts.add([Round("r9", 2, 1, 1)])
     assert counts.snapshot()["r9"] == {"rounds": 2, "drafted": 4, "verified": 3, "accepted": 2}
     assert list(counts.snapshot()) == ["r7", "r8", "r9"]
 
