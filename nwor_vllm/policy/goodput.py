@@ -34,6 +34,7 @@ from nwor_vllm.policy.visits import Visits
 SURE_STEPS = 16  # after which it is known what the drafter's confidence is worth
 NEW = 8  # a lesson waits until one in so many steps is new: it costs more than a small step
 LEARN_EVERY = 31  # at most; what a lesson delays must not always be the same kind of step, of which many come each 32
+IDLE_EVERY = 127  # at zero: only the price of zero is to be learnt there, and small steps are slower by every lesson
 DOUBT, DOUBTFUL = 0.15, 32  # by how much zero must be better for one request at first; steps with drafts that halve it
 HOPE = 1.0  # standard deviations by which drafts of one request must be worse than zero
 MAYBE = 3.0  # and by which a length may be cheaper than believed
@@ -226,8 +227,8 @@ class Goodput:
         self.shown += step.draft_steps > 0
         self._pending.append(Seen(step, self._last, self._plain))
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
-        soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else LEARN_EVERY
-        if fresh or len(self._pending) >= min(LEARN_EVERY, self.steps // NEW, soon):
+        soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else math.inf
+        if fresh or len(self._pending) >= min(LEARN_EVERY if self.awake else IDLE_EVERY, self.steps // NEW, soon):
             self._learn()
 
     def _learn(self) -> None:

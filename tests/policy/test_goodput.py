@@ -215,9 +215,23 @@ def test_a_plan_stands_until_half_of_the_requests_are_others(step_once: Once, mo
     assert len(made) > 1
 
 
+def test_lessons_are_rare_at_zero_but_for_what_a_probe_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, lessons = build(), list[int]()
+    learn = policy._learn
+    monkeypatch.setattr(policy, "_learn", lambda: lessons.append(len(policy._pending)) or learn())
+    for _ in range(3000):
+        policy._plain = Plan(0)
+        policy.observe(Step([Round("a", 0, 0, 0)], 0, 0, 1e-2, 1, 1))
+    assert lessons[-1] == goodput.IDLE_EVERY
+    policy._plain = Plan(0)
+    policy.observe(Step([Round("a", 2, 2, 2)], 2, 2, 1e-2, 1, 3))
+    assert lessons[-1] < goodput.IDLE_EVERY and not policy._pending
+
+
 def test_no_kind_of_step_always_waits_for_a_lesson() -> None:
     """Plain steps and visits come in powers of two."""
-    assert math.gcd(goodput.LEARN_EVERY, 64) == math.gcd(goodput.LEARN_EVERY, GoodputParams().cost_interval) == 1
+    for every in (goodput.LEARN_EVERY, goodput.IDLE_EVERY):
+        assert math.gcd(every, 64) == math.gcd(every, GoodputParams().cost_interval) == 1
 
 
 def test_a_ladder_without_zero_is_kept_to(step_once: Once) -> None:
