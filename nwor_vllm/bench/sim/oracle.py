@@ -44,12 +44,12 @@ def o2(load: Load, curve: Curve, lengths: Sequence[int], rates: Mapping[int, flo
     return best
 
 
-def best_rule(load: Load, curve: Curve, lengths: Sequence[int]) -> float:
+def best_rule(load: Load, curve: Curve, lengths: Sequence[int], thresholds: Sequence[float] = THRESHOLDS) -> float:
     """Tokens per second of the best rule of early exit, in hindsight: a draft goes on, and is verified, while the
     product of its confidences is at least a threshold, up to a cap. All caps and thresholds are served side by side."""
     lanes, n, trace = Lanes(load), load.batch, load.trace
     survival = np.multiply.accumulate(trace.confidence, axis=1)
-    sure = np.stack([(survival >= threshold).sum(axis=1) for threshold in THRESHOLDS])
+    sure = np.stack([(survival >= threshold).sum(axis=1) for threshold in thresholds])
     caps = np.array([k for k in lengths if k > 1])[:, None, None]
     kept = np.minimum(sure, caps).reshape(-1, sure.shape[1])  # [rules, positions of the trace]
     drafted = np.minimum(sure + 1, caps).reshape(kept.shape)  # the one that fell short was drafted too
