@@ -41,7 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=suite.SEEDS, help="repetitions")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument(
-        "--unsteady", action="store_true", help="the policy sees a machine that starts slow and whose pace drifts"
+        "--unsteady",
+        action="store_true",
+        help="the policy sees a machine that starts slow and whose pace jumps and drifts",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

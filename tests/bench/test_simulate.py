@@ -326,10 +326,10 @@ def test_a_clock_that_is_wrong_every_fifth_step_is_survived(name: str, batch: in
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "batch", "least"), [("mixed", "mixed", 8, 0.98), ("stationary", "json@0", 128, 0.95)]
+    ("kind", "name", "batch", "least"), [("stationary", "summary@1", 16, 0.975), ("stationary", "json@0", 32, 0.93)]
 )
 def test_an_unsteady_machine_costs_little(kind: str, name: str, batch: int, least: float) -> None:
-    """What lengths cost in a slow start must not decide for long: .97 and .91 without the pace."""
+    """What lengths cost while others used the machine must not decide for long: .97 and .92 without the pace."""
     curve, pool = curves.find("plain"), workloads.recorded()
     ratios = []
     for seed in range(3):

@@ -21,7 +21,9 @@ from nwor_vllm.policy.stopping import Stopping
 FEW = 6  # rows up to which plain Python judges drafts faster than numpy
 HICCUP, HICCUP_TIMES = 0.002, 8.0
 SLOW_START, SLOW_STEPS = 0.35, 70  # by how much a start is slower, and until when
-DRIFT = 0.97, 0.02  # what a step keeps of it, and adds
+UNSTEADY = 0.08  # noise of a step on a machine that others use, too
+LEVEL, LEVEL_STEPS = 0.12, 45  # its pace jumps to another level after so many steps
+DRIFT = 0.9, 0.05  # and drifts around it: what a step keeps, and adds
 
 
 @dataclass
@@ -89,13 +91,13 @@ def replay(
     policy: Policy, load: Load, curve: Curve, seed: int = 0, noise: float = 0.03, unsteady: bool = False
 ) -> Outcome:
     """`noise` is on what the policy sees (log-normal, with rare hiccups), and so is the pace of an `unsteady` machine:
-    slow for a start, then drifting. The outcome is timed by the curve itself."""
+    slow for a start, then jumping and drifting. The outcome is timed by the curve itself."""
     rng = np.random.default_rng(seed)
     lanes = Lanes(load)
     run, out, k_max = Running(load, lanes), Outcome(), load.trace.k_max
     confidences = load.trace.confidence
     price = functools.lru_cache(maxsize=1 << 16)(lambda *step: float(curve.seconds(*step)))
-    blur = _noise(rng, noise)
+    blur = _noise(rng, max(noise, UNSTEADY) if unsteady else noise)
     pace = _pace(rng) if unsteady else itertools.repeat(1.0)
     while out.tokens < load.tokens:
         at = run.at[run.active]
@@ -136,11 +138,12 @@ def _noise(rng: np.random.Generator, noise: float) -> Any:
 
 
 def _pace(rng: np.random.Generator) -> Iterator[float]:
-    """How many times longer steps take: as measured on a shared CPU, a slow first second and a drift of 8 %."""
-    drift = 0.0
+    """How many times longer steps take: as measured on a shared CPU, a slow first second, levels that come and go."""
+    level = drift = 0.0
     for step in itertools.count():
+        level = LEVEL * rng.normal() if step % LEVEL_STEPS == 0 else level
         drift = DRIFT[0] * drift + DRIFT[1] * rng.normal()
-        yield (1.0 + SLOW_START * min(max((SLOW_STEPS - step) / 20.0, 0.0), 1.0)) * math.exp(drift)
+        yield (1.0 + SLOW_START * min(max((SLOW_STEPS - step) / 20.0, 0.0), 1.0)) * math.exp(level + drift)
 
 
 def _draft(plan: Plan, k: int, ids: Sequence[str], shown: NDArray[np.float64] | None) -> tuple[int, Ints, Ints]:
