@@ -72,12 +72,17 @@ class Calibration:
 
     def learn_following(self, history: Floats, predicted: Floats, drafted: Ints, verified: Ints) -> None:
         """Rows that kept slot j and drafted j + 1: how much likelier than by `history` was that next draft to be kept?
-        As often as confidence says on the whole: a mean of log-odds would say more, as sure drafts are very sure."""
-        shown = (self._index < drafted[:, None]) & (self._index <= verified[:, None])
+        As often as confidence says on the whole: a mean of log-odds would say more, as sure drafts are very sure. Rows
+        that kept slot j and went no further make it forgotten: else a first impression that ends drafts would stay."""
+        on = self._index <= verified[:, None]
+        shown, ended = on & (self._index < drafted[:, None]), on & (self._index == drafted[:, None])
         odds = np.exp(-self.following) * (1.0 / history - 1.0)
         expected = 1.0 / (1.0 + odds)
-        weight = (expected * (1.0 - expected) * shown).sum(axis=0)
-        self.followed = np.minimum(self.followed + weight, FOLLOWED)
+        doubt = expected * (1.0 - expected)
+        forgotten = FOLLOWED / (FOLLOWED + (doubt * ended).sum(axis=0))
+        self.following = self.following * forgotten
+        weight = (doubt * shown).sum(axis=0)
+        self.followed = np.minimum(self.followed * forgotten + weight, FOLLOWED)
         step = ((predicted - expected) * shown).sum(axis=0) / (self.followed + LEVEL[0])
         self.following = np.minimum(np.maximum(self.following + step, -4.0), 4.0)
 

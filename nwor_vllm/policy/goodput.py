@@ -137,7 +137,7 @@ class Goodput:
         survival, found = self._choose(rows, context)
         if not self.ladder[found.best]:  # where nobody looks, bad luck would stay; many requests see more in a step
             survival, found = self._choose(rows, context, HOPE / math.sqrt(n))
-        self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[found.own]
+        self.rate, k, own = found.rate * self.ratio, self.ladder[found.best], self.ladder[max(found.own, found.best)]
         worth, self.zero = found.worth * self.ratio, found.zero
         self._rates, self._load = found.rates, (n, context)
         if k == 0:

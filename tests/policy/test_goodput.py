@@ -282,6 +282,23 @@ def without_rivals(step_once: Once) -> tuple[Goodput, list[str], int]:
     return policy, ids, best
 
 
+def test_judged_drafts_of_many_requests_have_room_for_one_rung_more_than_without_judging(
+    step_once: Once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another length, or none, looks better from where these rounds start."""
+    rng, policy = np.random.default_rng(0), build(guard=False)
+    ids = [f"r{i}" for i in range(64)]
+    for _ in range(60):
+        step_once(policy, ids, [[0.75] * 8] * 64, rng)
+    survival, found = policy._choose(policy._where, 0)
+    best = policy.ladder.index(3)
+    policy.sees_confidence, policy.honoured, policy.judging.left = True, 1.0, 0
+    for own, room in ((0, 5), (best, 5), (policy.ladder.index(5), 8)):
+        monkeypatch.setattr(policy, "_choose", lambda *_, own=own: (survival, found._replace(best=best, own=own)))
+        judged, plain = policy._decide(ids, 0)
+        assert (judged.k, plain.k) == (room, 3)
+
+
 def test_a_length_that_may_well_be_cheaper_than_believed_is_drafted_once(step_once: Once) -> None:
     policy, ids, best = without_rivals(step_once)
     near = next(i for i in range(len(policy.ladder) - 1, 0, -1) if i != best)
