@@ -325,19 +325,18 @@ def test_a_clock_that_is_wrong_every_fifth_step_is_survived(name: str, batch: in
     assert wrong.rate > (0.95 if name == "goodput" else 0.5) * right.rate
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "batch", "least"), [("stationary", "summary@1", 16, 0.975), ("stationary", "json@0", 32, 0.93)]
-)
-def test_an_unsteady_machine_costs_little(kind: str, name: str, batch: int, least: float) -> None:
-    """What lengths cost while others used the machine must not decide for long: .97 and .92 without the pace."""
+def test_an_unsteady_machine_costs_little() -> None:
+    """What lengths cost while others used the machine must not decide for long: .943 without the pace, .974 with it."""
     curve, pool = curves.find("plain"), workloads.recorded()
     ratios = []
-    for seed in range(3):
-        load = workloads.load_of(workloads.Workload(kind, name, batch), seed, suite.tokens_of(batch), pool)
-        best = max(oracle.fixed_rates(load, curve, suite.LENGTHS).values())
-        policy = make_policy("goodput", None, suite.LENGTHS)
-        ratios.append(replay(policy, load, curve, seed, unsteady=True).rate / best)
-    assert suite.geomean(ratios) > least
+    for name, batch in (("json@0", 32), ("json@0.7", 32), ("json@0", 128)):
+        for seed in range(3):
+            work = workloads.Workload("stationary", name, batch)
+            load = workloads.load_of(work, seed, suite.tokens_of(batch), pool)
+            best = max(oracle.fixed_rates(load, curve, suite.LENGTHS).values())
+            policy = make_policy("goodput", None, suite.LENGTHS)
+            ratios.append(replay(policy, load, curve, seed, unsteady=True).rate / best)
+    assert suite.geomean(ratios) > 0.96
 
 
 def test_fit_follows_measured_rows() -> None:
