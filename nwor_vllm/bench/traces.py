@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nwor_vllm.errors import CorruptFileError, MissingError
+from nwor_vllm.policy import kind_of
 
 FORMAT, VERSION = "nwor-trace", 1
 LOG_ODDS_LIMIT = 12.0
@@ -36,12 +37,14 @@ class Trace:
     categories: tuple[str, ...]  # one per request
     steps: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
     about: dict[str, Any] = field(default_factory=dict)  # pair, temperature, drafter, versions, command
+    kinds: tuple[str, ...] = ()  # as a policy is told them, one per request; none = it is told nothing
 
     def __post_init__(self) -> None:
         positions, k_max = self.confidence.shape
         problem = (
             "accepted and confidence differ in length" * (len(self.accepted) != positions)
             or "categories and starts differ in length" * (len(self.starts) != len(self.categories) + 1)
+            or "kinds and categories differ in length" * (len(self.kinds) not in (0, len(self.categories)))
             or "no request" * (len(self.categories) == 0)
             or "starts do not ascend from 0 to the last position"
             * (self.starts[0] != 0 or self.starts[-1] != positions or bool((np.diff(self.starts) <= 0).any()))
@@ -88,7 +91,10 @@ def load(path: Path) -> Trace:
                 raise CorruptFileError(
                     f"a trace of version {header['version']}; this reads version {VERSION}: record it anew"
                 )
+            recording = header["about"].get("recording", {})
+            kinds = (kind_of(recording["temperature"]),) if "temperature" in recording else ()
             return Trace(
+                kinds=kinds * len(header["categories"]),
                 starts=data["starts"].astype(np.int64),
                 accepted=data["accepted"].astype(np.int64),
                 confidence=from_bytes(data["confidence"]),
@@ -126,6 +132,7 @@ def select(trace: Trace, requests: Sequence[int]) -> Trace:
         accepted=trace.accepted[rows],
         confidence=trace.confidence[rows],
         categories=tuple(trace.categories[r] for r in requests),
+        kinds=tuple(trace.kinds[r] for r in requests) if trace.kinds else (),
         about=trace.about,
     )
 
@@ -139,6 +146,7 @@ def join(traces: list[Trace]) -> Trace:
         accepted=np.concatenate([np.minimum(t.accepted, k) for t in traces]),
         confidence=np.concatenate([t.confidence[:, :k] for t in traces]),
         categories=tuple(c for t in traces for c in t.categories),
+        kinds=tuple(kind for t in traces for kind in t.kinds or ("",) * t.requests),
         steps=np.concatenate([t.steps for t in traces]),
         about={"joined": [t.about for t in traces]},
     )

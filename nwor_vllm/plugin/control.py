@@ -131,6 +131,7 @@ def restored(scheduler: Any, config: NworConfig, state: Any) -> Any:
             for request_id in list(policy.slots.row) if hasattr(policy, "slots") else ():
                 if request_id not in scheduler.requests:  # it ended after the snapshot: nobody else would forget it
                     policy.forget(request_id)
+            scheduler.nwor_begin(policy)
             return policy
         why = f"it drafts {k}, and the ladder has {', '.join(map(str, ladder))}"
     raise ConfigError(f"restore holds no snapshot of policy {config.policy!r} as it is set here ({why})")

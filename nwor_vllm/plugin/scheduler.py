@@ -25,9 +25,19 @@ from nwor_vllm.plugin.counters import Counters, RequestCounts
 from nwor_vllm.plugin.kv_bytes import row_bytes
 from nwor_vllm.plugin.messages import NO_RULE, DraftReport, Orders, orders_of, report_of
 from nwor_vllm.plugin.metrics import Publisher, file_of, launcher
-from nwor_vllm.policy import Plan, Policy, Round, Step, make_policy
+from nwor_vllm.policy import Plan, Policy, Round, Step, kind_of, make_policy
 
 _StockScheduler: Any = object  # the vLLM class that stands behind the mixin
+
+
+def kind(request: Any) -> str:
+    """What the policy is told of a vLLM request: greedy or sampled, and its label (`extra_args={"nwor_kind": "code"}`,
+    over HTTP `vllm_xargs`) or its adapter's name."""
+    params, adapter = request.sampling_params, request.lora_request
+    if params is None:  # a pooling model's
+        return ""
+    label = (params.extra_args or {}).get("nwor_kind") or (adapter.lora_name if adapter is not None else "")
+    return kind_of(params.temperature, str(label))
 
 
 class _Lookup:
@@ -74,7 +84,13 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
 
     def nwor_make(self, config: NworConfig) -> Policy:
         ladder = ladder_of(config, self.num_spec_tokens) if self.nwor_dynamic else (self.num_spec_tokens,)
-        return make_policy(config.policy, config.params(), ladder, config.cost_profile)
+        return self.nwor_begin(make_policy(config.policy, config.params(), ladder, config.cost_profile))
+
+    def nwor_begin(self, policy: Policy) -> Policy:
+        """A policy that comes while requests run."""
+        for request in self.requests.values():
+            policy.begin(request.request_id, kind(request))
+        return policy
 
     # Planning
 
@@ -97,6 +113,10 @@ class Elastic(_StockScheduler):  # type: ignore[misc]
             )
         caps = self.nwor_plan.caps if self.nwor_config.per_request else {}
         return Orders(stop, caps, self.nwor_plan.bias, observe=self.nwor_plan.watch)
+
+    def add_request(self, request: Any) -> None:
+        self.nwor_policy.begin(request.request_id, kind(request))
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.nwor_started = time.perf_counter()

@@ -9,14 +9,14 @@ from typing import Any
 
 from nwor_vllm.errors import unknown_key
 from nwor_vllm.policy.acceptance import Acceptance, AcceptanceParams
-from nwor_vllm.policy.base import Plan, Policy, Round, Step, StopRule
+from nwor_vllm.policy.base import Plan, Policy, Round, Step, StopRule, kind_of
 from nwor_vllm.policy.feedback import Feedback, FeedbackParams
 from nwor_vllm.policy.fixed import Fixed, FixedParams, Off, OffParams
 from nwor_vllm.policy.goodput import Goodput, GoodputParams
 from nwor_vllm.policy.profile import read
 from nwor_vllm.policy.throughput import Throughput, ThroughputParams
 
-__all__ = ["POLICIES", "Plan", "Policy", "Round", "Step", "StopRule", "default_ladder", "make_policy"]
+__all__ = ["POLICIES", "Plan", "Policy", "Round", "Step", "StopRule", "default_ladder", "kind_of", "make_policy"]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Acceptance:
         self.ladder = tuple(k for k in ladder if k > 0) or (0,)  # never zero: then nothing would be learnt
         self.average = params.initial
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         passed = sum(self.average >= t for t in self.params.thresholds)
         rung = round(passed * (len(self.ladder) - 1) / len(self.params.thresholds))

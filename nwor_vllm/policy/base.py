@@ -84,10 +84,19 @@ class Step:
     prompts: int = 0  # requests that had no round in it, as their prompt was computed
 
 
+def kind_of(temperature: float, label: str = "") -> str:
+    """What is known of a request before its first draft: drafts for greedy ones are kept more often."""
+    return f"{label} {'sampled' if temperature else 'greedy'}".strip()
+
+
 class Policy(Protocol):
     """Decides draft lengths, learns from rounds. Deterministic: same calls, same answers."""
 
     name: str
+
+    def begin(self, request_id: str, kind: str) -> None:
+        """A request comes, and this is its kind. Of requests that were never begun nothing is known."""
+        ...
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan: ...
 

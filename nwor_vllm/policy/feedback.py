@@ -43,6 +43,9 @@ class Feedback:
         self.error = 0.0
         self.recent: deque[tuple[int, int]] = deque(maxlen=params.window)
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         return Plan(min(self.ladder, key=lambda k: (abs(k - self.length), k)), watch=False)
 

@@ -33,6 +33,9 @@ class Fixed:
         if self.k not in ladder:
             raise ConfigError(f"policy_params.k is {self.k}; the ladder has {', '.join(map(str, ladder))}")
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         return Plan(self.k, watch=self.watch)
 

@@ -106,6 +106,9 @@ class Goodput:
 
     # Deciding
 
+    def begin(self, request_id: str, kind: str) -> None:
+        self.slots.begin(request_id, kind)
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         if not requests or self.k_max == 0:
             self._last = self._plain = Plan(0, watch=False)
@@ -178,10 +181,9 @@ class Goodput:
             self._learn()
         rows, fresh = self.slots.rows(requests)
         if fresh:
-            self.walkers.begun += len(fresh)
-            for kept in (self.survival.effects, self.calibration.effects, self.walkers):
-                kept.fit(self.slots.size)
-                kept.reset(fresh)
+            self.walkers.begin(self.slots.size, fresh)
+            for effects in (self.survival.effects, self.calibration.effects):
+                effects.begin(self.slots, fresh)
         return rows
 
     def _stop_rule(self, survival: Floats, n: int, verify: float, worth: float) -> StopRule:
@@ -313,8 +315,7 @@ class Goodput:
 
     def _let_go(self) -> None:
         over, self._over = self._over, []
-        rows = [row for row in map(self.slots.forget, over) if row is not None]
-        if rows:
+        if rows := [row for row in map(self.slots.forget, over) if row is not None]:
             for kept in (self.survival.effects, self.calibration.effects, self.walkers):
                 kept.end(rows)
 

@@ -55,12 +55,14 @@ class Walkers:
         self.kept: Floats = np.zeros(len(rungs))  # and what it would have had in rounds that start where these did
         self.gain: Floats = np.ones(len(rungs))
 
-    def fit(self, size: int) -> None:
+    def begin(self, size: int, rows: Sequence[int]) -> None:
         grow = size - len(self.at)
         if grow > 0:
             self.at = np.concatenate([self.at, np.zeros((grow, self.at.shape[1]), np.int64)])
             self.part = np.concatenate([self.part, np.zeros((grow, self.at.shape[1]))])
             self.owed = np.concatenate([self.owed, np.zeros(grow)])
+        self.begun += len(rows)
+        self.reset(rows)
 
     def reset(self, rows: Sequence[int]) -> None:
         for row in rows:  # one, mostly

@@ -63,6 +63,9 @@ class Throughput:
         self.challenger = self.current
         self.probing = False
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         self.probing = False
         untried = [k for k in self.candidates if self.tries[k] < self.params.warmup_cycles]

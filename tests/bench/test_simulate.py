@@ -245,6 +245,9 @@ class Scripted:
     def __init__(self, plan: Plan) -> None:
         self.next, self.steps, self.gone = plan, [], []
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests, context_tokens=0):
         return self.next
 
@@ -307,7 +310,7 @@ class BadClock:
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.wrong = policy, itertools.cycle((600.0, -3.0, 0.0, math.nan, 1e-9, math.inf))
-        self.plan, self.forget, self.seen = policy.plan, policy.forget, 0
+        self.begin, self.plan, self.forget, self.seen = policy.begin, policy.plan, policy.forget, 0
 
     def observe(self, step: Step) -> None:
         self.seen += 1

@@ -143,6 +143,31 @@ def test_the_policys_own_time_is_not_the_engines(engine, token_prompts, monkeypa
     assert control.snapshot(engine)["counters"]["step_seconds"] > 0.15 * (len(seen) - 2)
 
 
+def test_the_policy_is_told_what_kind_of_request_comes(engine, token_prompts, monkeypatch):
+    from vllm import SamplingParams, TokensPrompt
+
+    from nwor_vllm.bench.backends import vllm as backend
+    from nwor_vllm.plugin import control
+
+    backend.switch(engine, RULES[-1])
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    told = {}
+    monkeypatch.setattr(scheduler.nwor_policy, "begin", told.__setitem__)
+    common = {"max_tokens": 2, "ignore_eos": True, "detokenize": False}
+    kinds = {
+        "greedy": SamplingParams(temperature=0.0, **common),
+        "sampled": SamplingParams(temperature=0.7, **common),
+        "code greedy": SamplingParams(temperature=0.0, extra_args={"nwor_kind": "code"}, **common),
+        "7 sampled": SamplingParams(temperature=1.0, extra_args={"nwor_kind": 7}, **common),
+    }
+    prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in token_prompts[: len(kinds)]]
+    engine.generate(prompts, list(kinds.values()), use_tqdm=False)
+    assert list(told.values()) == list(kinds)
+    monkeypatch.undo()
+    engine.generate(prompts, list(kinds.values()), use_tqdm=False)
+    assert set(kinds) <= set(control.snapshot(engine)["policy"]["slots"]["kinds"])
+
+
 def test_what_the_policy_sees_ends_where_texts_do(engine, token_prompts, monkeypatch):
     """Every token of a text is its prompt's first or a round's; drafts beyond its end were accepted in vain."""
     from nwor_vllm.bench.backends import vllm as backend
@@ -271,7 +296,7 @@ def test_what_was_learnt_comes_back_and_another_ladders_snapshot_does_not(engine
     for state in (learnt, restored):  # and so have the rounds that they were in: that tells how requests differ
         del state["walkers"]["ended"], state["walkers"]["over"]
         for part in ("survival", "calibration"):
-            for name in ("prior", "apart", "told"):
+            for name in ("prior", "apart", "told", "level", "ended"):
                 del state[part]["effects"][name]
     assert restored == {name: part for name, part in learnt.items() if name != "slots"}
     with pytest.raises(ConfigError, match="restore holds no snapshot of policy 'goodput' as it is set here"):

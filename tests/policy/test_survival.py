@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nwor_vllm.policy.calibration import Calibration
-from nwor_vllm.policy.requests import Effects, Groups
+from nwor_vllm.policy.requests import KINDS, Effects, Groups, Slots
 from nwor_vllm.policy.survival import Survival
 
 TRUTH = np.array([0.85, 0.75, 0.6, 0.5, 0.4])
@@ -78,7 +78,7 @@ def test_how_much_requests_differ_is_learnt_from_those_that_end(truth: float) ->
     effects = Effects(spread, keep=1.0)
     rows = np.arange(1, 9)
     for _ in range(60):
-        effects.reset(rows.tolist())
+        effects.begin(Slots(), rows.tolist())
         mine = truth * rng.normal(size=len(rows))
         for _ in range(30):  # rounds of one draft, base log-odds 0
             p = 1 / (1 + np.exp(-effects.mean[rows]))
@@ -86,6 +86,45 @@ def test_how_much_requests_differ_is_learnt_from_those_that_end(truth: float) ->
             effects.update(Groups(rows), hit - p, p * (1 - p))
         effects.end(rows.tolist())
     assert np.sqrt(effects.prior) == pytest.approx(max(truth, np.sqrt(0.05)), abs=0.25)
+
+
+def test_kinds_that_differ_begin_where_those_before_them_ended() -> None:
+    rng, slots, truth = np.random.default_rng(5), Slots(), {"greedy": 1.0, "sampled": -1.0, "": 0.0}
+    effects = Effects(1.0, keep=0.98)
+    for turn in range(30):
+        names = {f"{kind} {turn}": kind for kind in truth}
+        for name, kind in names.items():
+            slots.begin(name, kind)
+        rows, fresh = slots.rows(list(names))
+        effects.begin(slots, fresh)
+        mine = np.array(list(truth.values())) + 0.3 * rng.normal(size=len(rows))
+        for _ in range(30):
+            p = 1 / (1 + np.exp(-effects.mean[rows]))
+            hit = rng.random(len(rows)) < 1 / (1 + np.exp(-mine))
+            effects.update(Groups(rows), hit - p, p * (1 - p))
+        effects.end([slots.forget(name) for name in names])
+    level = [effects.level[slots.kinds[kind]] for kind in truth]
+    assert level == pytest.approx([1.0, -1.0, 0.0], abs=0.35)
+    assert effects.prior < 0.4  # what is left: they are more alike within a kind
+
+
+def test_a_single_kind_is_no_kind() -> None:
+    effects = Effects(1.0, keep=0.98)
+    effects.mean[1:9] = 0.7
+    effects.var[1:9] = 0.1
+    effects.end(list(range(1, 9)))
+    assert effects.level[0] == 0.0
+
+
+def test_kinds_beyond_those_there_is_room_for_are_like_requests_of_no_kind() -> None:
+    slots = Slots()
+    for i in range(2 * KINDS):
+        slots.begin(str(i), f"label {i}")
+    rows, _ = slots.rows(["0", str(2 * KINDS - 1)])
+    assert slots.kind[rows].tolist() == [1, 0]
+    for i in range(2 * KINDS):
+        slots.forget(str(i))
+    assert slots.told == {}
 
 
 def test_requests_that_show_nothing_change_nothing_however_many_there_are() -> None:

@@ -30,6 +30,9 @@ class Watch:
     now: Plan = field(default_factory=lambda: Plan(0))
     seen: list[tuple[Plan, Step]] = field(default_factory=list)
 
+    def begin(self, request_id: str, kind: str) -> None:
+        pass
+
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
         self.now = next(self.plans)
         return self.now

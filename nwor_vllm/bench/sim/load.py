@@ -56,5 +56,6 @@ class Lanes:
         index = np.arange(int(ends[-1]))
         owner = np.repeat(np.arange(len(flat)), sizes.ravel())
         self.position: Ints = index - (ends - sizes.ravel())[owner] + trace.starts[flat][owner]
+        self.request: Ints = flat[owner]
         self.room: Ints = ends[owner] - index - 1  # tokens behind this one: drafts beyond them are lost
         self.kept: Ints = np.minimum(trace.accepted[self.position], self.room)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +43,10 @@ class Outcome:
 
 
 class Running:
-    """Where every client is, and the name of its request."""
+    """Where every client is, and the name of its request, whose kind is told to `begin`."""
 
-    def __init__(self, load: Load, lanes: Lanes) -> None:
-        self.load, self.lanes = load, lanes
+    def __init__(self, load: Load, lanes: Lanes, begin: Callable[[str, str], None]) -> None:
+        self.load, self.lanes, self.begin = load, lanes, begin
         self.at: Ints = lanes.start.copy()
         self.made = 0
         self.ids: list[str] = []
@@ -57,10 +57,12 @@ class Running:
         """Clients up to `size` take part; one beyond it leaves when its request ends."""
         fresh = np.setdiff1d(np.arange(size), self.active)
         self.active = np.concatenate([self.active, fresh])
-        self.ids += [self._name() for _ in fresh]
+        self.ids += map(self._begin, fresh.tolist())
 
-    def _name(self) -> str:
+    def _begin(self, client: int) -> str:
         self.made += 1
+        if kinds := self.load.trace.kinds:
+            self.begin(str(self.made), kinds[self.lanes.request[self.at[client]]])
         return str(self.made)
 
     def advance(self, tokens: Ints, emitted: int) -> list[str]:
@@ -76,9 +78,9 @@ class Running:
                 self.at[clients] >= self.lanes.last[clients], self.lanes.first[clients], self.at[clients]
             )
             ended = [self.ids[i] for i in over]
-            for i in over:
-                self.ids[i] = self._name()
             leaves = over[clients >= size]
+            for i in np.setdiff1d(over, leaves).tolist():
+                self.ids[i] = self._begin(self.active[i])
             if len(leaves):
                 stay = np.setdiff1d(np.arange(len(self.active)), leaves)
                 self.active, self.ids = self.active[stay], [self.ids[i] for i in stay]
@@ -94,7 +96,7 @@ def replay(
     slow for a start, then jumping and drifting. The outcome is timed by the curve itself."""
     rng = np.random.default_rng(seed)
     lanes = Lanes(load)
-    run, out, k_max = Running(load, lanes), Outcome(), load.trace.k_max
+    run, out, k_max = Running(load, lanes, policy.begin), Outcome(), load.trace.k_max
     confidences = load.trace.confidence
     price = functools.lru_cache(maxsize=1 << 16)(lambda *step: float(curve.seconds(*step)))
     blur = _noise(rng, max(noise, UNSTEADY) if unsteady else noise)
