@@ -44,6 +44,7 @@ ELASTIC: dict[str, dict[str, Any]] = {
     "goodput": {"policy": "goodput", "policy_params": {}},
 }
 SWITCH = "regime_switch"
+BOTH = "both"  # all domains, every other request greedy
 
 
 def arms() -> list[str]:
@@ -140,9 +141,18 @@ class Engines:
 def texts(workload: str, requests: int, seed: int, block: int, blocks: int) -> list[str]:
     """Distinct prompts of a block, -1 the first. Mixed domains take turns; the regime switches from code to creative in
     the middle of the cell."""
-    domain = {SWITCH: "creative" if 2 * block >= blocks else "code", "mixed": "all"}.get(workload, workload)
+    domain = {SWITCH: "creative" if 2 * block >= blocks else "code", "mixed": "all", BOTH: "all"}.get(
+        workload, workload
+    )
     rows = zoo.prompts(domain, requests * (blocks + 1), seed)
     return [row["prompt"] for row in rows[requests * (block + 1) : requests * (block + 2)]]
+
+
+def temperatures(cell: Mapping[str, Any], block: int) -> list[float]:
+    """Of a block's requests. Domains take turns, and in each of them greedy and sampled requests do."""
+    requests = range(cell["requests"] * (block + 1), cell["requests"] * (block + 2))
+    greedy = [cell["workload"] == BOTH and (i + i // len(zoo.DOMAINS)) % 2 == 0 for i in requests]
+    return [0.0 if g else cell["temperature"] for g in greedy]
 
 
 def run_block(llm: Any, prompts: Sequence[Any], params: Sequence[Any], concurrency: int, tag: str) -> tuple[float, int]:
@@ -197,8 +207,8 @@ def measure(engines: Engines, cell: Mapping[str, Any], say: Callable[[str], None
             for text in texts(cell["workload"], cell["requests"], cell["seed"], block, cell["blocks"])
         ]
         params = [
-            engines.sampling(temperature=cell["temperature"], max_tokens=cell["max_tokens"], seed=seed * 64 + i)
-            for i in range(len(prompts))
+            engines.sampling(temperature=temperature, max_tokens=cell["max_tokens"], seed=seed * 64 + i)
+            for i, temperature in enumerate(temperatures(cell, block))
         ]
         clock = {arm: [0.0, 0] for arm in names}
         for turn, mine, order in turns(names, block, len(prompts), cell["concurrency"]):
@@ -285,7 +295,7 @@ def load(path: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [*zoo.DOMAINS, "mixed", SWITCH]
+    everything = [*zoo.DOMAINS, "mixed", SWITCH, BOTH]
     parser.add_argument(
         "--target", default="target", choices=[m for m in zoo.MEMBERS if m not in ("eagle", "eagle3", "draft")]
     )
@@ -318,6 +328,7 @@ def main(argv: Sequence[str]) -> int:
             "requests": args.requests or 9 * concurrency, "max_tokens": args.max_tokens, "seed": args.seed,
         }
         for concurrency in args.concurrency for temperature in args.temperatures for workload in args.workloads
+        if temperature or workload != BOTH
     ]  # fmt: skip
     todo = [cell for cell in cells if json.dumps(cell) not in results["cells"]]
     print(f"{len(todo)} of {len(cells)} cells to measure", flush=True)

@@ -4,7 +4,7 @@
 
 It is told nothing; which requests are greedy and which are sampled, as vLLM's requests show; or their domains, too, as
 a user's labels may. Rates over the best fixed length in hindsight, geometric means over seeds, from a cold start and
-when the same traffic comes for the last of several times. 10 minutes on two cores.
+when the same traffic comes for the last of several times. Half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def served(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What it is worth to tell the policy the kinds of requests.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--passes", type=int, default=5, help="times that the same traffic is served")
     parser.add_argument("--tokens", type=int, default=0, help="of a pass; by default the suite's")

@@ -55,6 +55,19 @@ def test_every_fixed_arm_is_on_the_ladder(headline: Any) -> None:
             assert headline.setting(arm)["policy_params"]["k"] in headline.LADDER
 
 
+def test_every_domain_is_asked_for_greedy_and_for_sampled_texts(headline: Any) -> None:
+    from nwor_vllm import zoo
+
+    seen = set()
+    cell = {"workload": headline.BOTH, "temperature": 0.8, "requests": len(zoo.DOMAINS)}
+    for block in (-1, 0):
+        rows = zoo.prompts("all", 2 * cell["requests"], 1)[cell["requests"] * (block + 1) :]
+        found = headline.temperatures(cell, block)
+        seen |= {(row["domain"], t) for row, t in zip(rows, found, strict=False)}
+    assert seen == {(domain, t) for domain in zoo.DOMAINS for t in (0.0, 0.8)}
+    assert set(headline.temperatures(cell | {"workload": "mixed"}, 0)) == {0.8}
+
+
 def test_the_regime_switches_in_the_middle(headline: Any) -> None:
     found = [headline.texts(headline.SWITCH, 2, 1, block, 4) for block in range(-1, 4)]
     assert found[:3] == [headline.texts("code", 2, 1, block, 4) for block in (-1, 0, 1)]
