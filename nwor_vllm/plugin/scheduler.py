@@ -37,7 +37,7 @@ def kind(request: Any) -> str:
     if params is None:  # a pooling model's
         return ""
     label = (params.extra_args or {}).get("nwor_kind") or (adapter.lora_name if adapter is not None else "")
-    return kind_of(params.temperature, str(label))
+    return kind_of(params.temperature, str(label)[:64])
 
 
 class _Lookup:

@@ -15,6 +15,7 @@ from nwor_vllm.policy import POLICIES, Plan, Policy, Round, Step, make_policy
 
 LADDER = (0, 1, 2, 3, 5, 8)
 IDS = ("a", "b", "c")
+KINDS = ("greedy", "sampled", "")
 
 seconds = st.one_of(
     st.floats(1e-4, 1.0),
@@ -54,7 +55,11 @@ def sane(plan: Plan) -> None:
 
 def drive(policy: Policy, stream: list[Step]) -> list[Plan]:
     plans = []
-    for step in stream:
+    for number, step in enumerate(stream):
+        if number % 3 == 0:
+            ends = IDS[number // 3 % 3]
+            policy.forget(ends)
+            policy.begin(ends, KINDS[number // 6 % 3])
         plans.append(policy.plan(IDS))
         policy.observe(step)
     return plans
@@ -96,8 +101,14 @@ def test_order_of_requests_changes_nothing(name: str) -> None:
     rng = np.random.default_rng(5)
     first, second = make_policy(name, None, LADDER), make_policy(name, None, LADDER)
     ids = [f"r{i}" for i in range(7)]
-    for _ in range(60):
+    for number in range(60):
         order = rng.permutation(7)
+        if number % 15 == 0:
+            kinds = [(ids[i], KINDS[i % 3]) for i in range(4)]
+            for policy, coming in ((first, kinds), (second, kinds[::-1])):
+                for request, kind in coming:
+                    policy.forget(request)
+                    policy.begin(request, kind)
         a, b = first.plan(ids), second.plan([ids[i] for i in order])
         assert a.k == b.k
         assert a.caps == b.caps
