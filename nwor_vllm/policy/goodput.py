@@ -107,6 +107,8 @@ class Goodput:
     # Deciding
 
     def begin(self, request_id: str, kind: str) -> None:
+        if request_id in self._over:
+            self._settle()
         self.slots.begin(request_id, kind)
 
     def plan(self, requests: Sequence[str], context_tokens: int = 0) -> Plan:
@@ -177,8 +179,8 @@ class Goodput:
         return dict(zip([requests[i] for i in short.tolist()], limit.tolist(), strict=True))
 
     def _rows(self, requests: Sequence[str]) -> Ints:
-        if self._over and not set(self._over).isdisjoint(requests):  # a name that is used again
-            self._learn()
+        if self._over and not (self._pending and set(self._over).isdisjoint(requests)):  # or a name is used again
+            self._settle()
         rows, fresh = self.slots.rows(requests)
         if fresh:
             self.walkers.begin(self.slots.size, fresh)
@@ -231,7 +233,7 @@ class Goodput:
         self.awake = self.awake + 1 if self._plain.k else 0  # what brings drafts back may be luck
         soon = min(self.awake // 2, self.judging.due(step.requests)) if step.k else math.inf
         if fresh or len(self._pending) >= min(LEARN_EVERY if self.awake else IDLE_EVERY, self.steps // NEW, soon):
-            self._learn()
+            self._settle()
 
     def _learn(self) -> None:
         """Everything the pending steps say, at once: numpy costs the same for one row as for fifty."""
@@ -250,9 +252,6 @@ class Goodput:
         self.judging.wait_on(len(seen))
         if drafting and self.k_max:
             self._learn_rounds(*thinned(drafting, self.slots.row))
-        self._let_go()
-        if not self.awake or self.guard.fallback == 0:  # not a visit: they stay there
-            self.walkers.pause()
 
     def _learn_rounds(self, seen: Sequence[Seen], stride: int) -> None:
         batch = Batch(seen, self.k_max)
@@ -310,20 +309,22 @@ class Goodput:
     def forget(self, request_id: str) -> None:
         self._over.append(request_id)
         self._moved = True  # its name may come again
-        if not self._pending:
-            self._let_go()
 
-    def _let_go(self) -> None:
+    def _settle(self) -> None:
+        """Learn what is pending and let go who has ended: all at once, as their order must not count."""
+        if self._pending:
+            self._learn()
         over, self._over = self._over, []
         if rows := [row for row in map(self.slots.forget, over) if row is not None]:
             for kept in (self.survival.effects, self.calibration.effects, self.walkers):
                 kept.end(rows)
+        if not self.awake or self.guard.fallback == 0:  # not a visit: they stay there
+            self.walkers.pause()
 
     # State
 
     def snapshot(self) -> dict[str, Any]:
-        if self._pending:
-            self._learn()
+        self._settle()
         self._decided = None
         return {name: getattr(self, name) for name in SCALARS} | {p: getattr(self, p).snapshot() for p in PARTS}
 

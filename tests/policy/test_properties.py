@@ -106,8 +106,9 @@ def test_order_of_requests_changes_nothing(name: str) -> None:
         if number % 15 == 0:
             kinds = [(ids[i], KINDS[i % 3]) for i in range(4)]
             for policy, coming in ((first, kinds), (second, kinds[::-1])):
-                for request, kind in coming:
+                for request, _ in coming:
                     policy.forget(request)
+                for request, kind in coming:
                     policy.begin(request, kind)
         a, b = first.plan(ids), second.plan([ids[i] for i in order])
         assert a.k == b.k
