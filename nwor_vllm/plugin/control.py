@@ -128,7 +128,7 @@ def restored(scheduler: Any, config: NworConfig, state: Any) -> Any:
     else:
         ladder = ladder_of(config, scheduler.nwor_k_max)
         if k in ladder:
-            for request_id in list(policy.slots.row) if hasattr(policy, "slots") else ():
+            for request_id in [*policy.slots.row, *policy.slots.told] if hasattr(policy, "slots") else ():
                 if request_id not in scheduler.requests:  # it ended after the snapshot: nobody else would forget it
                     policy.forget(request_id)
             scheduler.nwor_begin(policy)

@@ -291,8 +291,10 @@ def test_what_was_learnt_comes_back_and_another_ladders_snapshot_does_not(engine
     learnt = control.snapshot(engine)["policy"]
     control.apply(engine, {"policy": "off"})
     assert learnt["slots"]["row"]
+    learnt["slots"]["told"] = {"waiting": 1}
     restored = control.apply(engine, {"policy": "goodput", "restore": learnt})["policy"]
-    assert restored.pop("slots")["row"] == {}  # its requests have ended since
+    slots = restored.pop("slots")
+    assert slots["row"] == slots["told"] == {}  # its requests have ended since
     for state in (learnt, restored):  # and so have the rounds that they were in: that tells how requests differ
         del state["walkers"]["ended"], state["walkers"]["over"]
         for part in ("survival", "calibration"):
