@@ -319,7 +319,8 @@ def main(argv: Sequence[str]) -> int:
     fresh = {
         "version": VERSION, "command": shlex.join(["python", "benchmarks/elastic_vs_fixed.py", *argv]),
         "target": args.target, "drafter": args.drafter, "table": TABLE, "code": provenance.code(),
-        "versions": provenance.versions(), "hardware": provenance.hardware(), "cells": {},
+        "git": provenance.git()["sha"], "versions": provenance.versions(), "hardware": provenance.hardware(),
+        "cells": {},
     }  # fmt: skip
     results = load(args.out, fresh)
     cells = [

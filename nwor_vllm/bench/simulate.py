@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=list(suite.BATCHES), help="concurrency")
     parser.add_argument("--only", default="", help="with --suite: workloads whose kind or name contains this")
     parser.add_argument("--seeds", type=int, default=suite.SEEDS, help="repetitions")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; every core")
     parser.add_argument(
         "--unsteady",
         action="store_true",

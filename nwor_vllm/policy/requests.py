@@ -37,25 +37,16 @@ class Slots:
 
     def rows(self, requests: Sequence[str]) -> tuple[Ints, list[int]]:
         """Rows of `requests`, and which of them are new."""
-        known = self.row
         fresh: list[int] = []
-        try:  # nearly always all are known, and then this is many times as quick
-            return np.fromiter(map(known.__getitem__, requests), np.int64, len(requests)), fresh
-        except KeyError:
-            pass
-        out = []
-        for request in requests:
-            row = known.get(request)
-            if row is None:
-                if not self.free:
-                    self.free = list(range(2 * self.size - 1, self.size - 1, -1))
-                    self.kind = np.append(self.kind, np.zeros(self.size, np.int64))
-                    self.size *= 2
-                row = known[request] = self.free.pop()
-                self.kind[row] = self.told.pop(request, 0)
-                fresh.append(row)
-            out.append(row)
-        return np.array(out, np.int64), fresh
+        for request in dict.fromkeys([r for r in requests if r not in self.row]):
+            if not self.free:
+                self.free = list(range(2 * self.size - 1, self.size - 1, -1))
+                self.kind = np.append(self.kind, np.zeros(self.size, np.int64))
+                self.size *= 2
+            row = self.row[request] = self.free.pop()
+            self.kind[row] = self.told.pop(request, 0)
+            fresh.append(row)
+        return np.fromiter(map(self.row.__getitem__, requests), np.int64, len(requests)), fresh
 
     def known(self, requests: Sequence[str]) -> Ints:
         get = self.row.get

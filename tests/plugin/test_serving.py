@@ -164,6 +164,11 @@ def test_sixty_four_requests_of_all_kinds(pair, truth):
         text = fetch(f"{base}/metrics")
         for value in ("cost_error", "guard_trips", "rate_tokens_per_s"):
             assert f'nwor_policy{{engine="0",policy="goodput",value="{value}"}} ' in text
+        told = {"temperature": 0, "max_tokens": 8, "vllm_xargs": {"nwor_kind": "code"}}
+        fetch(f"{base}/v1/completions", {"model": "m", "prompt": prompts[0]} | told)
+        assert set(json.loads(fetch(f"{base}/nwor", token=TOKEN))["policy"]["slots"]["kinds"]) == {
+            "", "greedy", "code greedy",
+        }  # fmt: skip
         fixed = {"policy": "fixed", "policy_params": {"k": 2}, "early_exit": {"threshold": 0.0}}
         for change in (fixed, {"policy": "off"}):
             fetch(f"{base}/nwor", change, TOKEN)

@@ -77,12 +77,12 @@ class Running:
             self.at[clients] = np.where(
                 self.at[clients] >= self.lanes.last[clients], self.lanes.first[clients], self.at[clients]
             )
-            ended = [self.ids[i] for i in over]
-            leaves = over[clients >= size]
-            for i in np.setdiff1d(over, leaves).tolist():
+            ended = [self.ids[i] for i in over.tolist()]
+            goes_on = clients < size
+            for i in over[goes_on].tolist():
                 self.ids[i] = self._begin(self.active[i])
-            if len(leaves):
-                stay = np.setdiff1d(np.arange(len(self.active)), leaves)
+            if not goes_on.all():
+                stay = np.setdiff1d(np.arange(len(self.active)), over[~goes_on])
                 self.active, self.ids = self.active[stay], [self.ids[i] for i in stay]
         if size > len(self.active):
             self.open(size)
@@ -175,11 +175,11 @@ def _draft(plan: Plan, k: int, ids: Sequence[str], shown: NDArray[np.float64] | 
 def _rounds(
     ids: Sequence[str], drafted: Ints, kept: Ints, accepted: Ints, shown: NDArray[np.float64] | None
 ) -> list[Round]:
-    columns = zip(ids, drafted.tolist(), kept.tolist(), accepted.tolist(), strict=True)
+    columns = ids, drafted.tolist(), kept.tolist(), accepted.tolist()
     if shown is None:
-        return [Round(name, d, v, a) for name, d, v, a in columns]
+        return list(map(Round, *columns))
     rows = shown[:, : int(drafted.max(initial=0))].tolist()
-    return [Round(name, d, v, a, tuple(c[:d])) for (name, d, v, a), c in zip(columns, rows, strict=True)]
+    return list(map(Round, *columns, [tuple(c[:d]) for c, d in zip(rows, columns[1], strict=True)]))
 
 
 def replay_tables(load: Load, curve: Curve, tables: Sequence[Mapping[int, int]]) -> list[Outcome]:
